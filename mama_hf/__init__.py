@@ -1,0 +1,20 @@
+"""MAMA pruning (Movement and Magnitude Analysis, arXiv 2505.14052) inside Hugging Face trainers."""
+
+from .callback import MamaPruningCallback
+from .config import MamaPruningConfig
+from .criteria import CRITERIA
+from .grpo import MamaGRPOTrainer
+from .masks import GRANULARITIES
+from .report import sparsity_report
+from .version import __version__
+
+
+__all__ = [
+    "CRITERIA",
+    "GRANULARITIES",
+    "MamaGRPOTrainer",
+    "MamaPruningCallback",
+    "MamaPruningConfig",
+    "__version__",
+    "sparsity_report",
+]

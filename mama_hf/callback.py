@@ -1,0 +1,211 @@
+"""`MamaPruningCallback`: each event of the trainer is one call to the `Pruner`."""
+
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy
+
+from .checkpoint import describe, load_state, save_recipe_with, save_state
+from .config import MamaPruningConfig
+from .pruner import Pruner, unwrap_optimizer
+
+
+logger = logging.getLogger(__name__)
+
+
+class MamaPruningCallback(TrainerCallback):
+    """
+    Prunes the model while any transformers or TRL trainer trains it:
+    `Trainer(..., callbacks=[MamaPruningCallback(recipe)])`.
+
+    Logs `pruning/sparsity` (fraction of zeros in the targeted weights), `pruning/target` (what the schedule asks for)
+    and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own logs.
+
+    Args:
+        config (`MamaPruningConfig`): the recipe.
+        resume_from (`str`, *optional*):
+            Checkpoint folder to read the pruning state from when the trainer resumes. Needed only where the folder is
+            not `{output_dir}/checkpoint-{step}`, as after a move.
+        reward_driven (`bool`, *optional*, defaults to `False`): set by [`MamaGRPOTrainer`].
+
+    Raises:
+        `ValueError`: before the first step, for a recipe that does not fit the run.
+    """
+
+    def __init__(
+        self, config: MamaPruningConfig, resume_from: str | os.PathLike | None = None, reward_driven: bool = False
+    ) -> None:
+        if not isinstance(config, MamaPruningConfig):
+            raise TypeError(f"config must be a MamaPruningConfig, not {type(config).__name__}.")
+        self.config = config
+        self.resume_from = resume_from
+        self.reward_driven = reward_driven
+        self.pruner: Pruner | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._come_first(sys._getframe(1).f_locals.get("self"))
+        _check_backend(args, state)
+        self.pruner = Pruner(
+            model,
+            self.config,
+            unwrap_optimizer(optimizer),
+            state.max_steps,
+            generation_alignment(args),
+            self.reward_driven,
+            args.seed,
+        )
+        _check_best_model(args, state, self.pruner)
+        if state.global_step > 0:
+            load_state(self.pruner, self._resume_folder(args, state), state.global_step)
+        self.pruner.statistics.attach(model)
+        save_recipe_with(model)
+        describe(model, self.config, self.pruner.sparsity)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._running().observe()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._running().hold()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pruner = self._running()
+        if pruner.update(state.global_step):
+            describe(kwargs["model"], self.config, pruner.sparsity)
+        if args.load_best_model_at_end and not pruner.is_final(state.global_step):
+            # a model that is not pruned to the end yet never counts as the best: loading it would undo the pruning
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.pruner is None or logs is None or "loss" not in logs:
+            return
+        values = {
+            "pruning/sparsity": self.pruner.sparsity,
+            "pruning/target": self.pruner.target_sparsity(state.global_step),
+            "pruning/changed": self.pruner.changed,
+        }
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._save_state(args, state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # a checkpoint is uploaded from inside the trainer's save, before on_save
+        if self.pruner is not None and Path(_checkpoint_folder(args, state)).is_dir():
+            self._save_state(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pruner = self._running()
+        pruner.statistics.detach()
+        if not pruner.is_final(state.global_step):
+            logger.warning(
+                "Training stopped at step %d with %.4f of the targeted weights pruned; the final sparsity of %.4f is "
+                "due at step %d. Resume from the last checkpoint to get there.",
+                state.global_step,
+                pruner.sparsity,
+                self.config.final_sparsity,
+                pruner.schedule.final_step,
+            )
+
+    def _running(self) -> Pruner:
+        assert self.pruner is not None, "the trainer calls on_train_begin first"
+        return self.pruner
+
+    def _come_first(self, handler: Any) -> None:
+        """
+        Move to the front of the trainer's callbacks, so that what `on_log` adds is there when the trackers read it.
+
+        The handler calls each event on its callbacks in order, with those of `report_to` first, and hands itself to
+        none of them: it is found as the caller.
+        """
+        if not isinstance(handler, CallbackHandler):
+            return
+        if sum(isinstance(callback, MamaPruningCallback) for callback in handler.callbacks) > 1:
+            raise ValueError(
+                "There are two MamaPruningCallbacks in this trainer (MamaGRPOTrainer adds its own for "
+                "pruning_config). Keep one."
+            )
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+
+    def _resume_folder(self, args: TrainingArguments, state: TrainerState) -> str | os.PathLike:
+        given = [self.resume_from, args.resume_from_checkpoint]
+        for folder in given:
+            if folder is not None and os.path.isdir(folder):
+                return folder
+        return _checkpoint_folder(args, state)
+
+    def _save_state(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            save_state(self._running(), _checkpoint_folder(args, state), state.global_step)
+
+
+def generation_alignment(args: TrainingArguments) -> int:
+    """
+    Optimizer steps between the points where a step starts on freshly generated completions (1 without generation).
+
+    Masks that change inside a generation batch would make the rest of it off-policy. The online trainers of TRL
+    generate every `steps_per_generation * num_iterations` micro-batches.
+    """
+    settings = vars(args)
+    if settings.get("steps_per_generation") is None:
+        return 1
+    generate_every = settings["steps_per_generation"] * settings["num_iterations"]
+    return math.lcm(generate_every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def _check_backend(args: TrainingArguments, state: TrainerState) -> None:
+    unsupported = {
+        "DeepSpeed": args.deepspeed,
+        "FSDP": args.fsdp,
+        "hyperparameter_search": state.is_hyper_param_search,
+    }
+    for name, active in unsupported.items():
+        if active:
+            raise ValueError(
+                f"Pruning does not work with {name} yet: weights, gradients or folders are not where masks need them. "
+                "Use one process or DDP (torchrun), outside of a search."
+            )
+
+
+def _check_best_model(args: TrainingArguments, state: TrainerState, pruner: Pruner) -> None:
+    """With `load_best_model_at_end`, at least one evaluation must see the fully pruned model."""
+    if not args.load_best_model_at_end or args.eval_strategy != IntervalStrategy.STEPS:
+        return
+    last_evaluation = state.max_steps // state.eval_steps * state.eval_steps
+    if last_evaluation < pruner.schedule.final_step:
+        raise ValueError(
+            "load_best_model_at_end could only bring back a model from before the final sparsity: the last evaluation "
+            f"is at step {last_evaluation} and pruning ends at step {pruner.schedule.final_step}. Evaluate more "
+            "often, end pruning earlier, or turn load_best_model_at_end off."
+        )

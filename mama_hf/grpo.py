@@ -1,0 +1,74 @@
+"""`MamaGRPOTrainer`: TRL's GRPOTrainer with a pruner that hears of the rewards."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer
+
+from .callback import MamaPruningCallback
+from .config import MamaPruningConfig
+from .targets import LoraTarget, find_targets
+
+
+class MamaGRPOTrainer(GRPOTrainer):
+    """
+    Prunes while GRPO trains; the rewards decide what is kept.
+
+    The only changes with respect to [`~trl.GRPOTrainer`] are in `__init__`, which adds a [`MamaPruningCallback`], and
+    in `_generate_and_score_completions`, which tells the pruner how the batch was rewarded. Masks change on
+    generation boundaries. With `pruning_config=None` it is a GRPOTrainer, bit for bit.
+
+    Logs beside the callback's `pruning/sparsity`, `pruning/target` and `pruning/changed`: `pruning/reward`, the mean
+    reward of the generation batch, and `pruning/signal`, the share of its groups whose rewards differ (the others have
+    zero advantage). Steps on a batch with signal 0 leave the pruning statistics as they are.
+
+    Args:
+        pruning_config (`MamaPruningConfig`, *optional*): the recipe.
+        teacher_model (*optional*): not built yet.
+        args, kwargs: as in [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`: for a second pruning callback, or LoRA with `beta > 0`.
+        `NotImplementedError`: for a `teacher_model`.
+    """
+
+    _tag_names = ["trl", "grpo", "mama"]
+
+    def __init__(
+        self,
+        *args: Any,
+        pruning_config: MamaPruningConfig | None = None,
+        teacher_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher_model is not None:
+            raise NotImplementedError(
+                "teacher_model is not built yet. GRPOConfig(beta=...) adds a KL term to the model before training."
+            )
+        super().__init__(*args, **kwargs)
+        self.pruning_callback: MamaPruningCallback | None = None
+        if pruning_config is None:
+            return
+        if any(isinstance(callback, MamaPruningCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError("Give either pruning_config or a MamaPruningCallback, not both.")
+        assert isinstance(self.model, nn.Module)
+        targets = find_targets(self.model, pruning_config)
+        if self.beta != 0 and any(isinstance(target, LoraTarget) for target in targets):
+            raise ValueError(
+                f"beta={self.beta} does not go with pruning through LoRA: TRL's reference is the model with the "
+                "adapter switched off, and pruning rewrites that base. Set beta=0 or train without LoRA."
+            )
+        self.pruning_callback = MamaPruningCallback(pruning_config, reward_driven=True)
+        self.add_callback(self.pruning_callback)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
+        outputs = super()._generate_and_score_completions(inputs)
+        pruner = None if self.pruning_callback is None else self.pruning_callback.pruner
+        if pruner is not None and self.model.training:  # type: ignore[union-attr]
+            metrics = self._metrics["train"]
+            signal = 1.0 - metrics["frac_reward_zero_std"][-1]
+            metrics["pruning/reward"].append(metrics["reward"][-1])
+            metrics["pruning/signal"].append(signal)
+            pruner.observe_rewards(signal)
+        return outputs

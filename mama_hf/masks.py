@@ -1,0 +1,227 @@
+"""From scores to masks: the pools in which weights compete, and the one exact selection. A mask is True where kept.
+
+Shapes: P = pools, G = groups in a pool (the entries that compete), O = out, I = in, N = entries of a flat pool.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Granularity(NamedTuple):
+    """How scores [O, I] fall into pools [P, G], and back."""
+
+    to_pools: Callable[[Tensor, int], Tensor]
+    from_pools: Callable[[Tensor, torch.Size], Tensor]
+
+
+GRANULARITIES: dict[str, Granularity] = {
+    # all entries of a weight compete: [1, O * I]
+    "layer": Granularity(lambda rows, size: rows.reshape(1, -1), lambda pools, shape: pools.reshape(shape)),
+    # the entries of each output row compete: [O, I]
+    "row": Granularity(lambda rows, size: rows, lambda pools, shape: pools),
+    # M neighbours along the input dimension compete: [O * I / M, M]
+    "n:m": Granularity(lambda rows, size: rows.reshape(-1, size), lambda pools, shape: pools.reshape(shape)),
+}
+
+# With global scope every weight keeps at least this share of what the uniform allocation would leave it, so that no
+# layer is emptied: a network with one dead layer is dead, however good its other layers are.
+GLOBAL_FLOOR = 0.1
+
+_SMALL_POOL = 8  # up to this G, ranking by comparing all pairs is faster than a selection
+_SAMPLE = 1 << 18  # entries that the threshold of a large flat pool is estimated from
+
+
+@torch.no_grad()
+def keep_top(scores: Tensor, num_keep: int, magnitudes: Tensor) -> Tensor:
+    """
+    Mask of the `num_keep` best entries of each pool. Ties go to the larger magnitude, then to the earlier position.
+
+    Args:
+        scores (`torch.Tensor` of shape [P, G]): fp32 without NaN; higher means keep.
+        num_keep (`int`): entries kept in each pool, exactly.
+        magnitudes (`torch.Tensor` of shape [P, G]): weights; their absolute values break ties.
+
+    Returns:
+        `torch.Tensor` of shape [P, G], bool.
+    """
+    if num_keep <= 0 or num_keep >= scores.shape[1]:
+        return torch.full_like(scores, num_keep > 0, dtype=torch.bool)
+    if scores.shape[0] == 1:
+        return keep_top_jointly([scores], num_keep, [magnitudes])[0]
+    if scores.shape[1] <= _SMALL_POOL:
+        return _keep_top_by_rank(scores, num_keep, magnitudes)
+    return _keep_top_by_row(scores, num_keep, magnitudes)
+
+
+@torch.no_grad()
+def keep_top_jointly(
+    scores: Sequence[Tensor], num_keep: int, magnitudes: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """
+    As `keep_top`, for one pool that is spread over several tensors, which are neither copied nor joined.
+
+    Args:
+        scores (`Sequence[torch.Tensor]`): fp32 without NaN, any shapes.
+        num_keep (`int`): entries kept in all tensors together, exactly.
+        magnitudes (`Sequence[torch.Tensor]`, *optional*): tensors of the same shapes; `None`: position breaks ties.
+    """
+    total = sum(score.numel() for score in scores)
+    if num_keep <= 0 or num_keep >= total:
+        return [torch.full_like(score, num_keep > 0, dtype=torch.bool) for score in scores]
+    threshold = _kth_largest(scores, num_keep)
+    masks = [score > threshold for score in scores]
+    ties = [score == threshold for score in scores]
+    num_open = num_keep - _count(masks)
+    if _count(ties) == num_open:
+        kept_ties = [tie[tie] for tie in ties]
+    elif magnitudes is not None:
+        kept_ties = keep_top_jointly([value[tie].abs().float() for value, tie in zip(magnitudes, ties)], num_open)
+    else:
+        kept_ties = _first(ties, num_open)
+    for mask, tie, kept in zip(masks, ties, kept_ties):
+        mask[tie] = kept
+    return masks
+
+
+def select(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    sparsity: float,
+    scope: str,
+    n_of_m: tuple[int, int] | None = None,
+    previous: Sequence[Tensor] | None = None,
+    growth: Sequence[Tensor] | None = None,
+    swap: float = 0.0,
+) -> list[Tensor]:
+    """
+    The masks at `sparsity`. With scope "global" the tensors form one pool, else each tensor is pruned alone.
+
+    Args:
+        scores (`Sequence[torch.Tensor]`): [O, I] each, fp32; changed in place.
+        weights (`Sequence[torch.Tensor]`): [O, I] each; break ties by magnitude.
+        sparsity (`float`): fraction of zeros; each pool gets exactly `round(sparsity * G)`.
+        scope (`str`): "layer", "row" or "global".
+        n_of_m (`tuple[int, int]`, *optional*):
+            zeros are taken only from the M - N worst entries of each group of M, so that a rising sparsity ends in
+            the exact N:M pattern.
+        previous (`Sequence[torch.Tensor]`, *optional*): masks whose zeros stay zeros, but for regrowth.
+        growth (`Sequence[torch.Tensor]`, *optional*): [O, I] each: the score by which pruned entries come back.
+        swap (`float`, *optional*, defaults to 0.0): share of the kept entries that come back by `growth`.
+    """
+    for index, score in enumerate(scores):
+        if previous is not None:
+            score.masked_fill_(~previous[index], -torch.inf)
+        if n_of_m is not None:
+            pools = GRANULARITIES["n:m"]
+            best = keep_top(pools.to_pools(score, n_of_m[1]), n_of_m[0], pools.to_pools(weights[index], n_of_m[1]))
+            score.masked_fill_(pools.from_pools(best, score.shape), torch.inf)
+    if growth is None or previous is None or swap == 0:
+        return _select_pool(scores, weights, lambda size: size - round(sparsity * size), scope, 1 - sparsity)
+    masks = _select_pool(scores, weights, lambda size: _split(size, sparsity, swap)[0], scope, 1 - sparsity)
+    for grown, kept in zip(growth, previous):
+        grown.masked_fill_(kept, -torch.inf)
+    back = _select_pool(growth, weights, lambda size: _split(size, sparsity, swap)[1], scope, 0.0)
+    return [mask | (grown & ~kept) for mask, grown, kept in zip(masks, back, previous)]
+
+
+def _split(size: int, sparsity: float, swap: float) -> tuple[int, int]:
+    """(entries kept by score, entries that come back) in a pool of `size`."""
+    kept = size - round(sparsity * size)
+    back = round(swap * kept)
+    return kept - back, back
+
+
+def _select_pool(
+    scores: Sequence[Tensor], weights: Sequence[Tensor], num_keep: Callable[[int], int], scope: str, density: float
+) -> list[Tensor]:
+    if scope != "global":
+        pools = GRANULARITIES[scope]
+        masks = []
+        for score, weight in zip(scores, weights):
+            pool = pools.to_pools(score, 0)
+            mask = keep_top(pool, num_keep(pool.shape[1]), pools.to_pools(weight, 0))
+            masks.append(pools.from_pools(mask, score.shape))
+        return masks
+    total = num_keep(sum(score.numel() for score in scores))
+    while True:
+        masks = keep_top_jointly(scores, total, weights)
+        starved = False
+        for score, weight, mask in zip(scores, weights, masks):
+            floor = math.ceil(GLOBAL_FLOOR * density * mask.numel()) if density > 0 else 0
+            if _count([mask]) < min(floor, total):
+                protected = keep_top(score.reshape(1, -1), floor, weight.reshape(1, -1)).reshape(score.shape)
+                score.masked_fill_(protected, torch.inf)
+                starved = True
+        if not starved:
+            return masks
+
+
+def _keep_top_by_rank(scores: Tensor, num_keep: int, magnitudes: Tensor) -> Tensor:
+    """For few entries a pool: an entry is kept if fewer than `num_keep` others beat it. No sort, no sync."""
+    columns, sizes = scores.T.contiguous(), magnitudes.abs().T.contiguous()
+    rank = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
+    for first in range(columns.shape[0]):
+        for second in range(first + 1, columns.shape[0]):
+            wins = columns[first] > columns[second]
+            wins |= (columns[first] == columns[second]) & (sizes[first] >= sizes[second])
+            rank[second] += wins
+            rank[first] += ~wins
+    return (rank < num_keep).T.contiguous()
+
+
+def _keep_top_by_row(scores: Tensor, num_keep: int, magnitudes: Tensor) -> Tensor:
+    """For many pools of many entries: one selection a row; only rows with more ties than room are sorted."""
+    threshold = scores.kthvalue(scores.shape[1] - num_keep + 1, dim=1, keepdim=True).values
+    mask, ties = scores > threshold, scores == threshold
+    num_open = num_keep - mask.sum(dim=1)
+    crowded = (ties.sum(dim=1) > num_open).nonzero().squeeze(1)
+    mask |= ties
+    if crowded.numel():
+        sizes = torch.where(ties[crowded], magnitudes[crowded].abs().float(), -1.0)
+        order = sizes.argsort(dim=1, descending=True, stable=True)
+        within = torch.arange(scores.shape[1], device=scores.device) < num_open[crowded].unsqueeze(1)
+        kept = torch.zeros_like(within).scatter_(1, order, within)
+        mask[crowded] = (scores[crowded] > threshold[crowded]) | kept
+    return mask
+
+
+def _kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
+    """
+    The k-th largest entry of all tensors together, exactly.
+
+    A sample brackets it, the entries within the bracket are collected and only those selected from: two cheap passes
+    instead of a copy and a selection of everything. Where the sample misleads, the copy and selection are done.
+    """
+    total = sum(score.numel() for score in scores)
+    inside, rank = list(scores), k
+    if total > 4 * _SAMPLE:
+        stride = total // _SAMPLE | 1
+        sample = torch.cat([score.flatten()[::stride] for score in scores]).sort(descending=True).values
+        center = k / total * sample.numel()
+        margin = 4 * math.sqrt(max(1.0, center * (1 - k / total))) + 8
+        high = sample[max(0, math.floor(center - margin))]
+        low = sample[min(sample.numel() - 1, math.ceil(center + margin))]
+        bracket = [score[(score >= low) & (score <= high)] for score in scores]
+        num_above = _count([score > high for score in scores])
+        if num_above < k <= num_above + sum(part.numel() for part in bracket):
+            inside, rank = bracket, k - num_above
+    pool = torch.cat([part.flatten() for part in inside])
+    return pool.kthvalue(pool.numel() - rank + 1).values
+
+
+def _count(masks: Sequence[Tensor]) -> int:
+    return int(torch.stack([mask.count_nonzero() for mask in masks]).sum())
+
+
+def _first(ties: Sequence[Tensor], number: int) -> list[Tensor]:
+    """For each mask of ties, which of its True entries are among the first `number` of all, in order."""
+    kept = []
+    for tie in ties:
+        size = int(tie.count_nonzero())
+        kept.append(torch.arange(size, device=tie.device) < number)
+        number -= size
+    return kept

@@ -1,0 +1,208 @@
+"""The state machine that composes statistics, criteria, masks and values. It knows steps, but no trainer."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MamaPruningConfig
+from .criteria import CRITERIA, score
+from .masks import select
+from .schedule import resolve_schedule
+from .statistics import DEFAULT_EMA_DECAY, Statistics
+from .targets import find_targets
+from .values import apply_masks_, check_optimizer
+
+
+logger = logging.getLogger(__name__)
+
+
+class Pruner:
+    """
+    Prunes one model during one run. A trainer calls, in each optimizer step: `observe` before the optimizer, `hold`
+    right after it, and `update` when the step is counted.
+
+    Args:
+        model (`nn.Module`): the unwrapped model; its targeted weights are changed in place.
+        config (`MamaPruningConfig`): the recipe.
+        optimizer (`torch.optim.Optimizer`): the plain one, not accelerate's wrapper.
+        max_steps (`int`): optimizer steps of the run.
+        alignment (`int`, *optional*, defaults to 1): masks change on multiples of this many steps.
+        reward_driven (`bool`, *optional*, defaults to `False`):
+            batches may carry no signal and be left out (`has_signal`), so that Adam's state, which decays with each
+            of them, can't serve as a statistic.
+        seed (`int`, *optional*, defaults to 0): of the "random" criterion.
+
+    Raises:
+        `ValueError`: for a recipe that does not fit the model, the run or the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MamaPruningConfig,
+        optimizer: torch.optim.Optimizer,
+        max_steps: int,
+        alignment: int = 1,
+        reward_driven: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.config, self.optimizer = config, optimizer
+        self.schedule = resolve_schedule(config, max_steps, alignment)
+        self.targets = find_targets(model, config)
+        self.criterion = CRITERIA[config.criterion]
+        self.scope = "layer" if config.n_of_m else config.scope or self.criterion.scope
+        self.statistics = Statistics(
+            self.targets,
+            self.criterion.statistics + (("gradient_square",) if self._needs_growth_score() else ()),
+            DEFAULT_EMA_DECAY if reward_driven and config.ema_decay is None else config.ema_decay,
+            adam=self._adam_serves(),
+            seed=seed,
+        )
+        self.masks: list[Tensor] | None = None
+        self.has_signal = True
+        self.num_pruned = 0
+        self.changed = 0.0
+        self.num_weights = sum(target.parameter.numel() for target in self.targets)
+        self._is_held = self._hold_what_is_sparse()
+
+    def _needs_growth_score(self) -> bool:
+        return self.config.regrowth > 0 and "gradient_square" not in self.criterion.statistics
+
+    def _adam_serves(self) -> bool:
+        """Whether every target's optimizer state can be masked and holds a second moment in fp32."""
+        dtypes = {target.parameter.dtype for target in self.targets}
+        states = [check_optimizer(self.optimizer, dtype) for dtype in dtypes]
+        return all("exp_avg_sq" in state and state["exp_avg_sq"].dtype == torch.float32 for state in states)
+
+    def _hold_what_is_sparse(self) -> bool:
+        """A model that is as sparse as asked, or sparser, keeps the zeros it has: they become the masks."""
+        num_zeros = sum(int((target.weight == 0).sum()) for target in self.targets)
+        asked = round(self.schedule.final_sparsity * self.num_weights)
+        if not 0 < asked <= num_zeros:
+            return False
+        if num_zeros > asked:
+            logger.warning(
+                "The model is sparser already (%.4f of the targeted weights are zero) than the recipe asks for "
+                "(final_sparsity=%.4f). Its zeros are kept, and nothing more is pruned.",
+                num_zeros / self.num_weights,
+                self.schedule.final_sparsity,
+            )
+        self._set_masks([target.weight != 0 for target in self.targets])
+        return True
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros that the masks enforce in the targeted weights."""
+        return self.num_pruned / self.num_weights
+
+    def is_final(self, step: int) -> bool:
+        """Whether the final sparsity has been reached by `step`, so that the masks won't change any more."""
+        return self._is_held or step >= self.schedule.final_step
+
+    def target_sparsity(self, step: int) -> float:
+        """What the schedule asks for after `step`."""
+        return self.sparsity if self._is_held else self.schedule.sparsity(step)
+
+    def observe(self) -> None:
+        """Gradients are complete and the optimizer has not run: collect the statistics."""
+        if self.has_signal and not self._is_held:
+            self.statistics.observe()
+
+    def observe_rewards(self, signal: float) -> None:
+        """
+        A batch of completions was rewarded; the next steps learn from it.
+
+        Args:
+            signal (`float`): share of the prompt groups whose rewards differ. 0: the advantages are all zero, and what
+                gradient there is (a KL term, weight decay) says nothing of the reward.
+        """
+        self.has_signal = signal > 0
+
+    def hold(self) -> None:
+        """The optimizer has run: pruned weights and their momenta go back to zero."""
+        if self.masks is not None:
+            apply_masks_(self.targets, self.masks, self.optimizer)
+
+    @torch.no_grad()
+    def update(self, step: int) -> bool:
+        """Change the masks if `step` is one to do so. Returns whether they changed."""
+        if self._is_held or not self.schedule.is_update(step):
+            return False
+        sparsity = self.schedule.sparsity(step)
+        if round(sparsity * self.num_weights) == 0:
+            return False
+        before = self.masks
+        swap = self.config.regrowth * (self.schedule.end - step) / max(1, self.schedule.end - self.schedule.start)
+        masks = self._select(sparsity, max(0.0, swap), step)
+        self._set_masks(masks)
+        apply_masks_(self.targets, masks, self.optimizer)
+        for target, mask in zip(self.targets, masks):
+            target.apply_mask_(mask)  # a clean +0.0, which a product with a negative weight is not
+        flipped = self.num_pruned if before is None else sum(int((a ^ b).sum()) for a, b in zip(before, masks))
+        self.changed = flipped / self.num_weights
+        return True
+
+    def _select(self, sparsity: float, swap: float, step: int) -> list[Tensor]:
+        """Masks at `sparsity`; with global scope in one go, else target by target, to hold one score at a time."""
+        indices = range(len(self.targets))
+        pools = [list(indices)] if self.scope == "global" else [[index] for index in indices]
+        masks: list[Tensor] = []
+        for pool in pools:
+            members = [self.targets[index] for index in pool]
+            scores = [target.to_rows(self._score(index, step)) for index, target in zip(pool, members)]
+            weights = [target.to_rows(target.weight) for target in members]
+            previous = growth = None
+            if self.masks is not None:
+                previous = [target.to_rows(self.masks[index]) for index, target in zip(pool, members)]
+                growth = self._growth(pool, step) if swap > 0 else None
+            chosen = select(scores, weights, sparsity, self.scope, self.config.n_of_m, previous, growth, swap)
+            masks += [target.from_rows(mask) for target, mask in zip(members, chosen)]
+        return masks
+
+    def _score(self, index: int, step: int) -> Tensor:
+        statistics = {
+            name: self.statistics.read(name, index, self.optimizer, step) for name in self.criterion.statistics
+        }
+        return score(self.config.criterion, self.targets[index].weight, statistics)
+
+    def _growth(self, pool: list[int], step: int) -> list[Tensor]:
+        return [
+            self.targets[index].to_rows(self.statistics.read("gradient_square", index, self.optimizer, step))
+            for index in pool
+        ]
+
+    def _set_masks(self, masks: list[Tensor]) -> None:
+        self.masks = masks
+        self.num_pruned = self.num_weights - sum(int(mask.count_nonzero()) for mask in masks)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON values) from which `load_state_dict` continues bit for bit."""
+        tensors = {f"statistics.{key}": value for key, value in self.statistics.state_dict().items()}
+        if self.masks is not None:
+            tensors |= {f"mask.{target.name}": mask for target, mask in zip(self.targets, self.masks)}
+        values = {"changed": self.changed, "has_signal": self.has_signal, "is_held": self._is_held}
+        return tensors, values
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """
+        Continue from `state_dict`.
+
+        Raises:
+            `KeyError`: if a tensor is missing; its name says which.
+        """
+        prefix = "statistics."
+        statistics = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        self.statistics.load_state_dict(statistics)
+        self.masks, self.num_pruned = None, 0
+        if any(key.startswith("mask.") for key in tensors):
+            self._set_masks([tensors[f"mask.{target.name}"].to(target.parameter.device) for target in self.targets])
+        self.changed, self.has_signal = values["changed"], values["has_signal"]
+        self._is_held = values["is_held"]
+        self.hold()
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer

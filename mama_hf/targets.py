@@ -1,0 +1,247 @@
+"""Which tensors can be pruned: the only room that knows how architectures lay out their weights.
+
+Shapes: O = out, I = in, E = experts, r = LoRA rank.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import MamaPruningConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Target:
+    """
+    One weight that can be pruned.
+
+    Args:
+        name (`str`): parameter name in the model, without PEFT's prefixes.
+        module (`nn.Module`): the module that owns it (its input is the weight's input, but for experts).
+        parameter (`nn.Parameter`): [O, I], [I, O] (Conv1D), [E, O, I] or [E, I, O] (experts).
+        input_dim (`int`): dimension of the parameter that is I: -1 or -2.
+        has_input (`bool`): whether the module is called with the weight's input x [..., I].
+    """
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+    input_dim: int = -1
+    has_input: bool = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that acts in the forward pass, in the parameter's shape, without graph."""
+        return self.parameter.detach()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """dL/dweight of the accumulated batch, in the parameter's shape; `None` where backward has not reached it."""
+        return self.parameter.grad
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self.parameter.shape[self.input_dim]
+
+    def to_rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as [E * O, I]: a view where the layout allows it."""
+        return tensor.movedim(self.input_dim, -1).reshape(-1, self.num_inputs)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `to_rows`, contiguous."""
+        shape = self.parameter.movedim(self.input_dim, -1).shape
+        return rows.reshape(shape).movedim(-1, self.input_dim).contiguous()
+
+    def apply_mask_(self, mask: Tensor) -> None:
+        """Set the weight to zero in place where `mask` (bool, the parameter's shape) is False."""
+        self.parameter.data.masked_fill_(~mask, 0.0)
+
+
+@dataclass(eq=False)
+class LoraTarget(Target):
+    """
+    The Linear inside a LoRA layer. What acts is W + s B A, and it is that sum which is pruned.
+
+    The base weight W is frozen. Where the mask is False it is set to -s B A, so that the sum is exactly zero, in the
+    forward pass and after PEFT's own merge. The gradient is how training moves the sum, d(s B A) = s (dB A + B dA):
+    the step of gradient descent on the factors, to first order.
+    """
+
+    module: Any
+    adapter: str = "default"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parameter.detach() + self._delta()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        factor_a, factor_b = self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+        if factor_a.grad is None or factor_b.grad is None:
+            return None
+        moved = factor_b.grad @ factor_a.detach() + factor_b.detach() @ factor_a.grad
+        return (moved.T if self.module.fan_in_fan_out else moved) * self.module.scaling[self.adapter]
+
+    def apply_mask_(self, mask: Tensor) -> None:
+        self.parameter.data = torch.where(mask, self.parameter.data, -self._delta())
+
+    @torch.no_grad()
+    def _delta(self) -> Tensor:
+        return self.module.get_delta_weight(self.adapter)
+
+
+def find_targets(model: nn.Module, config: MamaPruningConfig) -> list[Target]:
+    """
+    The weights of `model` that the recipe prunes, in the model's order.
+
+    With `"all-linear"` these are the weights of nn.Linear, transformers' Conv1D and experts held as one 3-D parameter.
+    Embeddings, the output layer, tied weights and weights without a gradient are left out with a logged reason.
+
+    Raises:
+        `ValueError`: if nothing matches, or for a matching module that can't be pruned (quantized, an unsupported
+        adapter), by name.
+    """
+    skipped = _untargetable(model)
+    targets, candidates = [], []
+    for name, target in _candidates(model):
+        candidates.append(name)
+        if not _matches(name, config.target_modules) or (
+            config.exclude_modules is not None and _matches(name, config.exclude_modules)
+        ):
+            continue
+        reason = skipped.get(id(target.parameter))
+        if reason is None and not isinstance(target, LoraTarget) and not target.parameter.requires_grad:
+            reason = "it has no gradient (requires_grad=False)"
+        if reason is not None:
+            logger.info("%s is not pruned: %s.", target.name, reason)
+            continue
+        _check_prunable(target, config)
+        targets.append(target)
+    if not targets:
+        raise ValueError(
+            f"No weight can be pruned: target_modules={config.target_modules!r}, exclude_modules="
+            f"{config.exclude_modules!r} leave none. Modules with a weight: {', '.join(candidates) or 'none'}. "
+            "Embeddings, the output layer, tied and frozen weights are never pruned."
+        )
+    return targets
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
+    """(module name, target) for each module that holds a weight matrix, PEFT's prefixes removed."""
+    module: Any
+    for full_name, module in model.named_modules():
+        name = _plain_name(full_name)
+        if _is_lora(module):
+            layout = -2 if isinstance(module.get_base_layer(), Conv1D) else -1
+            weight = module.get_base_layer().weight
+            adapter = module.active_adapters[0] if module.active_adapters else "default"
+            yield name, LoraTarget(f"{name}.weight", module, weight, layout, adapter=adapter)
+        elif full_name.endswith((".base_layer", ".original_module")) or ".lora_" in full_name:
+            continue
+        elif isinstance(module, nn.Linear):
+            yield name, Target(f"{name}.weight", module, module.weight)
+        elif isinstance(module, Conv1D):
+            yield name, Target(f"{name}.weight", module, module.weight, input_dim=-2)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield name, Target(f"{name}.{key}", module, parameter, _expert_input_dim(module), has_input=False)
+
+
+def _expert_input_dim(module: nn.Module) -> int:
+    """Experts as transformers 5 holds them: [E, I, O] where the module says `is_transposed`, else [E, O, I]."""
+    return -2 if getattr(module, "is_transposed", False) else -1
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.base_layer", "", name)
+
+
+def _is_lora(module: Any) -> bool:
+    """PEFT is optional, so that its layers are told by their parts."""
+    is_layer = hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+    return is_layer and not isinstance(module.get_base_layer(), nn.Embedding)
+
+
+def _untargetable(model: Any) -> dict[int, str]:
+    """id of a parameter -> why it is never pruned."""
+    reasons: dict[int, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False):
+            owner = f"{name}.{key}"
+            if isinstance(module, nn.Embedding):
+                reasons[id(parameter)] = "it is an embedding"
+            elif id(parameter) in owners and owners[id(parameter)] != owner:
+                reasons.setdefault(id(parameter), f"it is tied to {owners[id(parameter)]}")
+            owners.setdefault(id(parameter), owner)
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
+    output = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+    if output is not None:
+        for parameter in output.parameters():
+            reasons.setdefault(id(parameter), "it is the output layer")
+    return reasons
+
+
+def _matches(name: str, pattern: str | list[str]) -> bool:
+    if pattern == "all-linear":
+        return True
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def _check_prunable(target: Target, config: MamaPruningConfig) -> None:
+    name, parameter = target.name, target.parameter
+    if (
+        parameter.is_meta
+        or not parameter.is_floating_point()
+        or type(target.module).__name__ in ("Linear4bit", "Linear8bitLt")
+    ):
+        raise ValueError(
+            f"{name} is {parameter.dtype} on {parameter.device} in a {type(target.module).__name__}: quantized or not "
+            "materialized base weights can't be masked. Load the model in float32 or bfloat16."
+        )
+    if config.n_of_m is not None and target.num_inputs % config.n_of_m[1]:
+        raise ValueError(
+            f"granularity={config.granularity!r} needs an input dimension divisible by {config.n_of_m[1]}, but {name} "
+            f"has {target.num_inputs}. Add it to exclude_modules or choose another pattern."
+        )
+    if config.criterion == "wanda" and not target.has_input:
+        raise ValueError(
+            f"criterion='wanda' needs the input of each weight, and {name} holds all experts of its layer in one "
+            "parameter whose inputs are not visible. Use 'mama' or 'magnitude', or exclude it."
+        )
+    if isinstance(target, LoraTarget):
+        _check_adapter(target)
+
+
+def _check_adapter(target: LoraTarget) -> None:
+    layer, problem = target.module, None
+    if len(layer.active_adapters) != 1:
+        problem = f"{len(layer.active_adapters)} active adapters (activate exactly one)"
+    elif layer.merged:
+        problem = "an adapter that is merged already (unmerge it before training)"
+    elif layer.lora_variant.get(target.adapter) is not None or type(layer).__name__ not in ("Linear",):
+        problem = f"the adapter type {type(layer).__name__} or a LoRA variant such as DoRA (use plain LoRA on Linear)"
+    elif not isinstance(layer.lora_dropout[target.adapter], nn.Identity):
+        problem = "lora_dropout > 0, which lets pruned weights act as noise (set lora_dropout=0)"
+    elif layer.lora_A[target.adapter].weight.dtype != target.parameter.dtype:
+        problem = (
+            f"a base weight in {target.parameter.dtype} and an adapter in "
+            f"{layer.lora_A[target.adapter].weight.dtype}, which would not merge to exact zeros (load the base in the "
+            "adapter's dtype, or pass autocast_adapter_dtype=False)"
+        )
+    if problem is not None:
+        raise ValueError(f"{target.name} can't be pruned through LoRA: it has {problem}.")
