@@ -2,25 +2,33 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig
+
+from .checkpoint import STATE_NAME
+from .config import MamaPruningConfig
+from .targets import Target, matching_targets, plain_name
 
 
-_PATTERNS = ((2, 4), (1, 4), (4, 8))
+_PATTERNS = ((1, 4), (2, 4), (4, 8))  # strictest first
 
 
 class SparsityReport(dict):
     """
-    A dict with the keys `"total"`, `"matrices"` (all weights with at least two dimensions, embeddings included) and
-    `"tensors"` (by name). Each holds `zeros`, `parameters`, `sparsity` (zeros / parameters) and `bytes`; a tensor also
-    `shape`, `dtype` and `n_of_m`, the N:M pattern that each group along its last dimension keeps to (`None`: none).
-    With a pruned model `"pruned"` sums up the tensors that hold zeros. `print(report)` shows a table.
+    A dict with the keys `"total"` (all parameters), `"targets"` (the weights that the model's recipe prunes, or those
+    of `target_modules="all-linear"` if it has none) and `"layers"` (each tensor, by name). Each holds `zeros`,
+    `parameters`, `sparsity` (zeros / parameters) and `bytes`; a tensor also `shape`, `dtype`, `target` (whether it is
+    one) and `n_of_m`, the strictest of 1:4, 2:4 and 4:8 that its rows keep to (`None`: none). `print(report)` shows a
+    table.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -32,12 +40,12 @@ class SparsityReport(dict):
         table.add_column("tensor", overflow="fold")
         for column in ("shape", "dtype", "zeros", "parameters", "sparsity", "MB", "N:M"):
             table.add_column(column, justify="right")
-        for name, row in self["tensors"].items():
-            if row["zeros"]:
+        for name, row in self["layers"].items():
+            if row["target"]:
                 shape = "x".join(map(str, row["shape"]))
                 table.add_row(name, shape, row["dtype"], *_cells(row), row["n_of_m"] or "")
         table.add_section()
-        for name in ("pruned", "total"):
+        for name in ("targets", "total"):
             table.add_row(name, "", "", *_cells(self[name]), "")
         console = Console(width=140)
         with console.capture() as capture:
@@ -47,31 +55,39 @@ class SparsityReport(dict):
 
 def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
     """
-    Count the zeros of a model, or of the safetensors files in a folder without building the model.
+    Count the zeros of a model, or of the safetensors files in a folder without loading it whole.
 
     Args:
         model (`nn.Module` or `str`): tied weights count once.
 
     Raises:
-        `FileNotFoundError`: for a folder without safetensors files.
+        `FileNotFoundError`: for a folder without safetensors weights.
     """
-    tensors = _from_model(model) if isinstance(model, nn.Module) else _from_directory(Path(model))
-    rows = {name: _describe(tensor) for name, tensor in tensors}
+    tensors: Iterable[tuple[str, Tensor]]
+    if isinstance(model, nn.Module):
+        skeleton = model
+        tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    else:
+        skeleton = _skeleton(Path(model))
+        tensors = _stored_tensors(Path(model))
+    targets = {target.name: target for target in matching_targets(skeleton, _recipe(skeleton))}
+    rows = {name: _describe(tensor, targets.get(plain_name(name))) for name, tensor in tensors}
     return SparsityReport(
-        total=_sum(list(rows.values())),
-        pruned=_sum([row for row in rows.values() if row["zeros"] and len(row["shape"]) > 1]),
-        matrices=_sum([row for row in rows.values() if len(row["shape"]) > 1]),
-        tensors=rows,
+        total=_sum(rows.values()),
+        targets=_sum(row for row in rows.values() if row["target"]),
+        layers=rows,
     )
 
 
-def _from_model(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+def _skeleton(directory: Path) -> nn.Module:
+    """The model of a folder without memory behind its parameters."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        return getattr(transformers, config.architectures[0])(config)
 
 
-def _from_directory(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("pruning_state"))
+def _stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    files = sorted(path for path in directory.glob("*.safetensors") if path.name != STATE_NAME)
     if not files:
         raise FileNotFoundError(f"There are no safetensors weights in {directory}.")
     for path in files:
@@ -80,7 +96,12 @@ def _from_directory(directory: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _describe(tensor: Tensor) -> dict[str, Any]:
+def _recipe(model: Any) -> MamaPruningConfig:
+    settings = getattr(getattr(model, "config", None), "mama", None)
+    return MamaPruningConfig() if settings is None else MamaPruningConfig.from_dict(settings["recipe"])
+
+
+def _describe(tensor: Tensor, target: Target | None) -> dict[str, Any]:
     zeros = tensor.numel() - int(tensor.count_nonzero())
     return {
         "zeros": zeros,
@@ -89,21 +110,25 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
         "bytes": tensor.numel() * tensor.element_size(),
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "n_of_m": _pattern(tensor) if zeros else None,
+        "target": target is not None,
+        "n_of_m": None if target is None else _pattern(target.to_rows(tensor)),
     }
 
 
-def _pattern(tensor: Tensor) -> str | None:
-    """The strictest of the usual N:M patterns that the tensor keeps to along its last dimension."""
-    for kept, group in sorted(_PATTERNS, key=lambda pattern: pattern[0] / pattern[1]):
-        fits = tensor.ndim > 1 and tensor.shape[-1] % group == 0
-        if fits and int((tensor.reshape(-1, group) != 0).sum(dim=1).max()) <= kept:
+def _pattern(rows: Tensor) -> str | None:
+    """The strictest of the usual N:M patterns that rows [O, I] keep to."""
+    for kept, group in _PATTERNS:
+        fits = rows.shape[1] % group == 0
+        if fits and int((rows.reshape(-1, group) != 0).sum(dim=1).max()) <= kept:
             return f"{kept}:{group}"
     return None
 
 
-def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    total = {key: sum(row[key] for row in rows) for key in ("zeros", "parameters", "bytes")}
+def _sum(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    total = dict.fromkeys(("zeros", "parameters", "bytes"), 0)
+    for row in rows:
+        for key in total:
+            total[key] += row[key]
     return {**total, "sparsity": total["zeros"] / max(1, total["parameters"])}
 
 

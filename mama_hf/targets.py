@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,23 +112,15 @@ def find_targets(model: nn.Module, config: MamaPruningConfig) -> list[Target]:
         `ValueError`: if nothing matches, or for a matching module that can't be pruned (quantized, an unsupported
         adapter), by name.
     """
-    skipped = _untargetable(model)
-    targets, candidates = [], []
-    for name, target in _candidates(model):
-        candidates.append(name)
-        if not _matches(name, config.target_modules) or (
-            config.exclude_modules is not None and _matches(name, config.exclude_modules)
-        ):
-            continue
-        reason = skipped.get(id(target.parameter))
-        if reason is None and not isinstance(target, LoraTarget) and not target.parameter.requires_grad:
-            reason = "it has no gradient (requires_grad=False)"
-        if reason is not None:
-            logger.info("%s is not pruned: %s.", target.name, reason)
+    targets = []
+    for target in matching_targets(model, config):
+        if not isinstance(target, LoraTarget) and not target.parameter.requires_grad:
+            logger.info("%s is not pruned: it has no gradient (requires_grad=False).", target.name)
             continue
         _check_prunable(target, config)
         targets.append(target)
     if not targets:
+        candidates = [name for name, _ in _candidates(model)]
         raise ValueError(
             f"No weight can be pruned: target_modules={config.target_modules!r}, exclude_modules="
             f"{config.exclude_modules!r} leave none. Modules with a weight: {', '.join(candidates) or 'none'}. "
@@ -137,11 +129,25 @@ def find_targets(model: nn.Module, config: MamaPruningConfig) -> list[Target]:
     return targets
 
 
+def matching_targets(model: nn.Module, config: MamaPruningConfig) -> Iterator[Target]:
+    """The weights in the recipe's modules, trainable or not, on any device; embeddings and the like are left out."""
+    skipped = _untargetable(model)
+    for name, target in _candidates(model):
+        if not _matches(name, config.target_modules) or (
+            config.exclude_modules is not None and _matches(name, config.exclude_modules)
+        ):
+            continue
+        if id(target.parameter) in skipped:
+            logger.info("%s is not pruned: %s.", target.name, skipped[id(target.parameter)])
+            continue
+        yield target
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
     """(module name, target) for each module that holds a weight matrix, PEFT's prefixes removed."""
     module: Any
     for full_name, module in model.named_modules():
-        name = _plain_name(full_name)
+        name = plain_name(full_name)
         if _is_lora(module):
             layout = -2 if isinstance(module.get_base_layer(), Conv1D) else -1
             weight = module.get_base_layer().weight
@@ -150,7 +156,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
         elif full_name.endswith((".base_layer", ".original_module")) or ".lora_" in full_name:
             continue
         elif isinstance(module, nn.Linear):
-            yield name, Target(f"{name}.weight", module, module.weight)
+            yield name, Target(f"{name}.weight", module, cast(nn.Parameter, module.weight))
         elif isinstance(module, Conv1D):
             yield name, Target(f"{name}.weight", module, module.weight, input_dim=-2)
         else:
@@ -164,7 +170,8 @@ def _expert_input_dim(module: nn.Module) -> int:
     return -2 if getattr(module, "is_transposed", False) else -1
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what PEFT's wrappers add to it."""
     return re.sub(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.base_layer", "", name)
 
 

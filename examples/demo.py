@@ -1,0 +1,160 @@
+"""The demo: a model is pre-trained, then post-trained with GRPO, and loses 80 % of its weights on the way.
+
+    make demo                               # or: python examples/demo.py; some minutes on two CPU cores
+
+Three GRPO runs start from the same pre-trained model: dense, pruned by magnitude, and pruned by `mama`, which lets the
+rewards decide. The pruned model is saved, loaded again through the Auto classes and evaluated on held-out prompts. The
+output folder gets `results.json`, `pruning.png` and `model/`.
+"""
+
+import argparse
+import json
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import mix6
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
+
+from mama_hf import MamaGRPOTrainer, MamaPruningConfig, sparsity_report
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+SPARSITY = 0.80
+COLORS = {"dense": "tab:gray", "magnitude": "tab:orange", "mama": "tab:blue"}
+
+
+def recipe(criterion: str, max_steps: int) -> MamaPruningConfig:
+    """80 % zeros, reached on a cubic schedule; the last quarter of the run recovers with frozen masks."""
+    start, end = round(max_steps * 20 / 150), round(max_steps * 110 / 150)
+    return MamaPruningConfig(final_sparsity=SPARSITY, start=start, end=end, criterion=criterion)
+
+
+def post_train(
+    name: str,
+    start: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    pruning_config: MamaPruningConfig | None,
+    output_dir: Path,
+    seed: int,
+    max_steps: int,
+) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
+    """One GRPO run from the weights `start`; returns the model and the trainer's log."""
+    model = mix6.build_model(tokenizer, seed)
+    model.load_state_dict(start)
+    arguments = mix6.grpo_arguments(
+        str(output_dir / "runs" / name), seed, max_steps=max_steps, logging_steps=5, disable_tqdm=False
+    )
+    trainer = MamaGRPOTrainer(
+        model=model,
+        reward_funcs=mix6.exact_match_reward,
+        args=arguments,
+        train_dataset=mix6.grpo_dataset(seed),
+        processing_class=tokenizer,
+        pruning_config=pruning_config,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(OneLineProgress(name))
+    trainer.train()
+    return model, [entry for entry in trainer.state.log_history if "reward" in entry]
+
+
+class OneLineProgress(ProgressCallback):
+    """The progress bar with the reward and the sparsity in it, instead of a dict of logs every few steps."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(f"GRPO, {self.name:9}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "reward" in logs:
+            sparsity = float(logs.get("pruning/sparsity", 0.0))
+            self.training_bar.set_postfix_str(f"reward {float(logs['reward']):.2f}, sparsity {sparsity:.2f}")
+
+
+def plot(histories: dict[str, list[dict[str, float]]], accuracies: dict[str, float], path: Path) -> None:
+    """Reward and sparsity over the steps of each run, one above the other."""
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[3, 2])
+    for name, history in histories.items():
+        steps = [entry["step"] for entry in history]
+        label = f"{name} (held-out accuracy {accuracies[name]:.3f})"
+        above.plot(steps, [entry["reward"] for entry in history], color=COLORS[name], label=label)
+    pruned = [entry for entry in histories["mama"] if "pruning/sparsity" in entry]
+    below.plot([entry["step"] for entry in pruned], [entry["pruning/sparsity"] for entry in pruned], color="black")
+    above.set(ylabel="mean training reward", ylim=(-0.03, 1.03), title=f"GRPO on mix6 with {SPARSITY:.0%} zeros")
+    above.legend(loc="lower left")
+    below.set(xlabel="optimizer step", ylabel="zeros in the pruned runs", ylim=(-0.03, 1.03))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pretraining-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=150, help="GRPO steps of each run")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.set_verbosity_error()
+    console, began = Console(), time.perf_counter()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = mix6.build_tokenizer()
+    model = mix6.build_model(tokenizer, args.seed)
+    mix6.pretrain(model, tokenizer, args.seed, num_steps=args.pretraining_steps)
+    before = mix6.greedy_accuracy(model, tokenizer)
+    console.print(f"Pre-trained: held-out accuracy {before:.3f} (the reward wants one answer of the three it gives).")
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    results: dict[str, Any] = {"seed": args.seed, "pretrained": {"accuracy": before}}
+    histories = {}
+    for name in ("dense", "magnitude", "mama"):
+        pruning_config = None if name == "dense" else recipe(name, args.steps)
+        model, histories[name] = post_train(
+            name, start, tokenizer, pruning_config, args.output_dir, args.seed, args.steps
+        )
+        if name == "mama":
+            model.save_pretrained(args.output_dir / "model")
+            tokenizer.save_pretrained(args.output_dir / "model")
+            model = AutoModelForCausalLM.from_pretrained(args.output_dir / "model")
+            tokenizer = AutoTokenizer.from_pretrained(args.output_dir / "model")
+        results[name] = {"accuracy": mix6.greedy_accuracy(model, tokenizer)}
+        if pruning_config is not None:
+            results[name]["sparsity"] = sparsity_report(model)["targets"]["sparsity"]
+
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    packages = ("mama-hf", "torch", "transformers", "trl", "accelerate")
+    results["versions"] = {package: version(package) for package in packages}
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    accuracies = {name: results[name]["accuracy"] for name in histories}
+    plot(histories, accuracies, args.output_dir / "pruning.png")
+    table = Table(title=f"Held-out accuracy after GRPO, seed {args.seed}", title_justify="left")
+    for column in ("run", "zeros in the linear layers", "accuracy"):
+        table.add_column(column)
+    for name in histories:
+        table.add_row(name, f"{results[name].get('sparsity', 0.0):.4f}", f"{accuracies[name]:.3f}")
+    console.print(table)
+    console.print(f"{results['seconds']:.0f} s. results.json, pruning.png and model/ are in {args.output_dir}.")
+    return results
+
+
+if __name__ == "__main__":
+    main()
