@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 import mix6
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.set_verbosity_error()
+    torch.set_num_threads(1)  # at this size a second thread only waits
     console, began = Console(), time.perf_counter()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 

@@ -32,7 +32,7 @@ GRANULARITIES: dict[str, Granularity] = {
 GLOBAL_FLOOR = 0.1
 
 _SMALL_POOL = 8  # up to this G, ranking by comparing all pairs is faster than a selection
-_SAMPLE = 1 << 18  # entries that the threshold of a large flat pool is estimated from
+_SAMPLE = 1 << 15  # entries that the threshold of a large flat pool is estimated from
 
 
 @torch.no_grad()

@@ -138,8 +138,6 @@ class Pruner:
         masks = self._select(sparsity, max(0.0, swap), step)
         self._set_masks(masks)
         apply_masks_(self.targets, masks, self.optimizer)
-        for target, mask in zip(self.targets, masks):
-            target.apply_mask_(mask)  # a clean +0.0, which a product with a negative weight is not
         flipped = self.num_pruned if before is None else sum(int((a ^ b).sum()) for a, b in zip(before, masks))
         self.changed = flipped / self.num_weights
         return True

@@ -63,10 +63,6 @@ class Target:
         shape = self.parameter.movedim(self.input_dim, -1).shape
         return rows.reshape(shape).movedim(-1, self.input_dim).contiguous()
 
-    def apply_mask_(self, mask: Tensor) -> None:
-        """Set the weight to zero in place where `mask` (bool, the parameter's shape) is False."""
-        self.parameter.data.masked_fill_(~mask, 0.0)
-
 
 @dataclass(eq=False)
 class LoraTarget(Target):
@@ -94,6 +90,7 @@ class LoraTarget(Target):
         return (moved.T if self.module.fan_in_fan_out else moved) * self.module.scaling[self.adapter]
 
     def apply_mask_(self, mask: Tensor) -> None:
+        """Make W + s B A zero in place where `mask` (bool, the parameter's shape) is False."""
         self.parameter.data = torch.where(mask, self.parameter.data, -self._delta())
 
     @torch.no_grad()
