@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -52,7 +53,7 @@ class MamaPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        self._come_first(sys._getframe(1).f_locals.get("self"))
+        self._come_first(_calling_handler())
         _check_backend(args, state)
         self.pruner = Pruner(
             model,
@@ -137,14 +138,13 @@ class MamaPruningCallback(TrainerCallback):
         assert self.pruner is not None, "the trainer calls on_train_begin first"
         return self.pruner
 
-    def _come_first(self, handler: Any) -> None:
+    def _come_first(self, handler: CallbackHandler | None) -> None:
         """
         Move to the front of the trainer's callbacks, so that what `on_log` adds is there when the trackers read it.
 
-        The handler calls each event on its callbacks in order, with those of `report_to` first, and hands itself to
-        none of them: it is found as the caller.
+        The handler calls each event on its callbacks in order, with those of `report_to` first.
         """
-        if not isinstance(handler, CallbackHandler):
+        if handler is None:
             return
         if sum(isinstance(callback, MamaPruningCallback) for callback in handler.callbacks) > 1:
             raise ValueError(
@@ -164,6 +164,16 @@ class MamaPruningCallback(TrainerCallback):
     def _save_state(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero:
             save_state(self._running(), _checkpoint_folder(args, state), state.global_step)
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that called the event: it hands itself to no callback, so that it is found up the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), CallbackHandler):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
 
 
 def generation_alignment(args: TrainingArguments) -> int:

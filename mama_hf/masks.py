@@ -112,52 +112,75 @@ def select(
         growth (`Sequence[torch.Tensor]`, *optional*): [O, I] each: the score by which pruned entries come back.
         swap (`float`, *optional*, defaults to 0.0): share of the kept entries that come back by `growth`.
     """
-    for index, score in enumerate(scores):
-        if previous is not None:
-            score.masked_fill_(~previous[index], -torch.inf)
-        if n_of_m is not None:
-            pools = GRANULARITIES["n:m"]
-            best = keep_top(pools.to_pools(score, n_of_m[1]), n_of_m[0], pools.to_pools(weights[index], n_of_m[1]))
+    if previous is not None:
+        for score, kept in zip(scores, previous):
+            score.masked_fill_(~kept, -torch.inf)
+        if growth is not None and swap > 0:
+            _put_first_what_comes_back_(scores, weights, sparsity, scope, previous, growth, swap)
+    if n_of_m is not None:
+        pools = GRANULARITIES["n:m"]
+        for score, weight in zip(scores, weights):
+            best = keep_top(pools.to_pools(score, n_of_m[1]), n_of_m[0], pools.to_pools(weight, n_of_m[1]))
             score.masked_fill_(pools.from_pools(best, score.shape), torch.inf)
-    if growth is None or previous is None or swap == 0:
-        return _select_pool(scores, weights, lambda size: size - round(sparsity * size), scope, 1 - sparsity)
-    masks = _select_pool(scores, weights, lambda size: _split(size, sparsity, swap)[0], scope, 1 - sparsity)
+    if scope == "global":
+        return _select_globally(scores, weights, sparsity)
+    sizes = [GRANULARITIES[scope].to_pools(score, 0).shape[1] for score in scores]
+    return [
+        _keep_in_pools(score, weight, scope, _kept(size, sparsity))
+        for score, weight, size in zip(scores, weights, sizes)
+    ]
+
+
+def _put_first_what_comes_back_(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    sparsity: float,
+    scope: str,
+    previous: Sequence[Tensor],
+    growth: Sequence[Tensor],
+    swap: float,
+) -> None:
+    """A share `swap` of each pool's kept entries, or all the pruned ones if fewer, are those of best growth."""
     for grown, kept in zip(growth, previous):
         grown.masked_fill_(kept, -torch.inf)
-    back = _select_pool(growth, weights, lambda size: _split(size, sparsity, swap)[1], scope, 0.0)
-    return [mask | (grown & ~kept) for mask, grown, kept in zip(masks, back, previous)]
+    if scope == "global":
+        total = sum(kept.numel() for kept in previous)
+        number = min(round(swap * _kept(total, sparsity)), total - _count(previous))
+        back = keep_top_jointly(growth, number, weights)
+    else:
+        back = []
+        for grown, weight, kept in zip(growth, weights, previous):
+            pool = GRANULARITIES[scope].to_pools(kept, 0)
+            number = min(round(swap * _kept(pool.shape[1], sparsity)), int((~pool).sum(dim=1).min()))
+            back.append(_keep_in_pools(grown, weight, scope, number))
+    for score, mask in zip(scores, back):
+        score.masked_fill_(mask, torch.inf)
 
 
-def _split(size: int, sparsity: float, swap: float) -> tuple[int, int]:
-    """(entries kept by score, entries that come back) in a pool of `size`."""
-    kept = size - round(sparsity * size)
-    back = round(swap * kept)
-    return kept - back, back
+def _kept(size: int, sparsity: float) -> int:
+    return size - round(sparsity * size)
 
 
-def _select_pool(
-    scores: Sequence[Tensor], weights: Sequence[Tensor], num_keep: Callable[[int], int], scope: str, density: float
-) -> list[Tensor]:
-    if scope != "global":
-        pools = GRANULARITIES[scope]
-        masks = []
-        for score, weight in zip(scores, weights):
-            pool = pools.to_pools(score, 0)
-            mask = keep_top(pool, num_keep(pool.shape[1]), pools.to_pools(weight, 0))
-            masks.append(pools.from_pools(mask, score.shape))
-        return masks
-    total = num_keep(sum(score.numel() for score in scores))
+def _keep_in_pools(score: Tensor, weight: Tensor, scope: str, num_keep: int) -> Tensor:
+    pools = GRANULARITIES[scope]
+    return pools.from_pools(keep_top(pools.to_pools(score, 0), num_keep, pools.to_pools(weight, 0)), score.shape)
+
+
+def _select_globally(scores: Sequence[Tensor], weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    """All tensors are one pool, but one that falls below its floor gets its best entries first."""
+    total = _kept(sum(score.numel() for score in scores), sparsity)
+    floors = [math.ceil(GLOBAL_FLOOR * (1 - sparsity) * score.numel()) for score in scores]
+    protected: set[int] = set()
     while True:
         masks = keep_top_jointly(scores, total, weights)
-        starved = False
-        for score, weight, mask in zip(scores, weights, masks):
-            floor = math.ceil(GLOBAL_FLOOR * density * mask.numel()) if density > 0 else 0
-            if _count([mask]) < min(floor, total):
-                protected = keep_top(score.reshape(1, -1), floor, weight.reshape(1, -1)).reshape(score.shape)
-                score.masked_fill_(protected, torch.inf)
-                starved = True
+        starved = {index for index, mask in enumerate(masks) if _count([mask]) < floors[index]} - protected
         if not starved:
             return masks
+        for index in starved:
+            score, weight = scores[index], weights[index]
+            best = keep_top(score.reshape(1, -1), floors[index], weight.reshape(1, -1)).reshape(score.shape)
+            score.masked_fill_(best, torch.inf)
+        protected |= starved
 
 
 def _keep_top_by_rank(scores: Tensor, num_keep: int, magnitudes: Tensor) -> Tensor:
@@ -189,9 +212,9 @@ def _keep_top_by_row(scores: Tensor, num_keep: int, magnitudes: Tensor) -> Tenso
     return mask
 
 
-def _kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
+def _kth_largest(scores: Sequence[Tensor], k: int) -> float:
     """
-    The k-th largest entry of all tensors together, exactly.
+    The k-th largest entry of all tensors together, exactly. The tensors may be on several devices.
 
     A sample brackets it, the entries within the bracket are collected and only those selected from: two cheap passes
     instead of a copy and a selection of everything. Where the sample misleads, the copy and selection are done.
@@ -200,21 +223,25 @@ def _kth_largest(scores: Sequence[Tensor], k: int) -> Tensor:
     inside, rank = list(scores), k
     if total > 4 * _SAMPLE:
         stride = total // _SAMPLE | 1
-        sample = torch.cat([score.flatten()[::stride] for score in scores]).sort(descending=True).values
+        sample = _join([score.flatten()[::stride] for score in scores]).sort(descending=True).values
         center = k / total * sample.numel()
         margin = 4 * math.sqrt(max(1.0, center * (1 - k / total))) + 8
-        high = sample[max(0, math.floor(center - margin))]
-        low = sample[min(sample.numel() - 1, math.ceil(center + margin))]
+        high = float(sample[max(0, math.floor(center - margin))])
+        low = float(sample[min(sample.numel() - 1, math.ceil(center + margin))])
         bracket = [score[(score >= low) & (score <= high)] for score in scores]
         num_above = _count([score > high for score in scores])
         if num_above < k <= num_above + sum(part.numel() for part in bracket):
             inside, rank = bracket, k - num_above
-    pool = torch.cat([part.flatten() for part in inside])
-    return pool.kthvalue(pool.numel() - rank + 1).values
+    pool = _join([part.flatten() for part in inside])
+    return float(pool.kthvalue(pool.numel() - rank + 1).values)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def _count(masks: Sequence[Tensor]) -> int:
-    return int(torch.stack([mask.count_nonzero() for mask in masks]).sum())
+    return sum(int(mask.count_nonzero()) for mask in masks)
 
 
 def _first(ties: Sequence[Tensor], number: int) -> list[Tensor]:

@@ -146,8 +146,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
     for full_name, module in model.named_modules():
         name = plain_name(full_name)
         if _is_lora(module):
-            layout = -2 if isinstance(module.get_base_layer(), Conv1D) else -1
-            weight = module.get_base_layer().weight
+            base = module.get_base_layer()
+            layout = -2 if isinstance(base, Conv1D) else -1
+            weight = base.weight if hasattr(base, "weight") else next(base.parameters())  # refused later, by name
             adapter = module.active_adapters[0] if module.active_adapters else "default"
             yield name, LoraTarget(f"{name}.weight", module, weight, layout, adapter=adapter)
         elif full_name.endswith((".base_layer", ".original_module")) or ".lora_" in full_name:
@@ -156,15 +157,16 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
             yield name, Target(f"{name}.weight", module, cast(nn.Parameter, module.weight))
         elif isinstance(module, Conv1D):
             yield name, Target(f"{name}.weight", module, module.weight, input_dim=-2)
-        else:
+        elif _holds_experts(module):
+            # transformers 5: [E, I, O] where the module says `is_transposed`, [E, O, I] where it denies it
+            layout = -2 if getattr(module, "is_transposed", False) else -1
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3:
-                    yield name, Target(f"{name}.{key}", module, parameter, _expert_input_dim(module), has_input=False)
+                    yield name, Target(f"{name}.{key}", module, parameter, layout, has_input=False)
 
 
-def _expert_input_dim(module: nn.Module) -> int:
-    """Experts as transformers 5 holds them: [E, I, O] where the module says `is_transposed`, else [E, O, I]."""
-    return -2 if getattr(module, "is_transposed", False) else -1
+def _holds_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")
 
 
 def plain_name(name: str) -> str:
@@ -216,6 +218,11 @@ def _check_prunable(target: Target, config: MamaPruningConfig) -> None:
         raise ValueError(
             f"{name} is {parameter.dtype} on {parameter.device} in a {type(target.module).__name__}: quantized or not "
             "materialized base weights can't be masked. Load the model in float32 or bfloat16."
+        )
+    if _holds_experts(target.module) and not hasattr(target.module, "is_transposed"):
+        raise ValueError(
+            f"{name} holds the experts of a {type(target.module).__name__}, which does not say which dimension is the "
+            "input. Add it to exclude_modules."
         )
     if config.n_of_m is not None and target.num_inputs % config.n_of_m[1]:
         raise ValueError(

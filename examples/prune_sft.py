@@ -1,0 +1,103 @@
+"""Prune a causal language model while TRL's `SFTTrainer` fine-tunes it on plain text.
+
+    python examples/smollm2.py                                             # a 135M model, once
+    python examples/prune_sft.py --dataset train.txt --eval-file test.txt  # half of the weights become zero
+    python examples/prune_sft.py --dataset train.txt --eval-file test.txt --granularity 2:4
+
+`--sparsity 0` is the dense fine-tuning to compare with.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from mama_hf import MamaPruningCallback, MamaPruningConfig, sparsity_report
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="outputs/smollm2", help="Hub id or folder")
+    parser.add_argument("--dataset", required=True, help="a .txt file, or a Hub id with a `text` column")
+    parser.add_argument("--dataset-config", help="configuration of the Hub dataset")
+    parser.add_argument("--eval-file", type=Path, help="text file whose perplexity is reported before and after")
+    parser.add_argument("--output-dir", default="outputs/sft")
+    parser.add_argument("--granularity", default="unstructured", help='"unstructured", or N kept of M: "2:4"')
+    parser.add_argument("--criterion", default="mama")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros in the linear layers")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--warmup-steps", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--window", type=int, default=256, help="tokens of a training example")
+    parser.add_argument("--eval-window", type=int, default=512, help="tokens of an evaluation window")
+    parser.add_argument("--num-eval-windows", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def load_text(dataset: str, config: str | None) -> str:
+    if dataset.endswith(".txt"):
+        return Path(dataset).read_text(encoding="utf-8")
+    return "\n".join(load_dataset(dataset, config, split="train")["text"])
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int, num_windows: int) -> float:
+    """exp(mean token NLL) over `num_windows` windows, evenly spaced over the token `ids` [T]."""
+    model.eval()
+    nll = []
+    for start in torch.linspace(0, len(ids) - window, num_windows).long().tolist():
+        batch = ids[None, start : start + window].to(model.device)
+        nll.append(model(input_ids=batch, labels=batch).loss.item())
+    return math.exp(sum(nll) / num_windows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    args = parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    ids = torch.tensor(tokenizer(load_text(args.dataset, args.dataset_config), verbose=False).input_ids)
+    dataset = Dataset.from_dict({"input_ids": ids[: len(ids) // args.window * args.window].view(-1, args.window)})
+    recipe = MamaPruningConfig(final_sparsity=args.sparsity, granularity=args.granularity, criterion=args.criterion)
+    on_gpu = torch.accelerator.is_available()
+    config = SFTConfig(
+        output_dir=args.output_dir,
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_steps,
+        per_device_train_batch_size=args.batch_size,
+        max_length=args.window,
+        seed=args.seed,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        gradient_checkpointing=False,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = SFTTrainer(
+        model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[MamaPruningCallback(recipe)]
+    )
+    results = {}
+    if args.eval_file:
+        text = args.eval_file.read_text(encoding="utf-8")
+        eval_ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+        results["perplexity_before"] = perplexity(model, eval_ids, args.eval_window, args.num_eval_windows)
+    results["loss"] = trainer.train().training_loss
+    trainer.save_model()
+    if args.eval_file:
+        results["perplexity_after"] = perplexity(model, eval_ids, args.eval_window, args.num_eval_windows)
+    report = sparsity_report(model)
+    results["sparsity"] = report["targets"]["sparsity"]
+    print(results)
+    print(report["total"])
+    return results
+
+
+if __name__ == "__main__":
+    main()

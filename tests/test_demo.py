@@ -1,0 +1,22 @@
+import json
+
+import demo
+import mix6
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_a_short_demo_writes_its_results_model_and_plot(tmp_path):
+    demo.main(["--output-dir", str(tmp_path), "--pretraining-steps", "2", "--steps", "8"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"seed", "pretrained", "dense", "magnitude", "mama", "seconds", "versions"}
+    for name in ("magnitude", "mama"):
+        assert abs(results[name]["sparsity"] - 0.8) < 1e-4
+        assert 0 <= results[name]["accuracy"] <= 1
+    assert "sparsity" not in results["dense"]
+    assert Image.open(tmp_path / "pruning.png").size[0] > 600
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert mix6.greedy_accuracy(model, tokenizer) == results["mama"]["accuracy"]
+    assert torch.isfinite(next(model.parameters())).all()

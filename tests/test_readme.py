@@ -1,0 +1,107 @@
+"""Every code block of the README runs, or, where it is a shell command, names things that exist."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import datasets
+import mix6
+import pytest
+import torch
+import trl
+from datasets import Dataset
+
+from mama_hf import sparsity_report
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+CPU = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A tiny model in place of the one on the Hub, tiny data in place of the data sets, CPU settings, few steps."""
+    model_dir = tmp_path / "hub"
+    tokenizer = mix6.build_tokenizer()
+    mix6.build_model(tokenizer, seed=0).save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    rows = {"text": ["a482913=123489"] * 64}
+    prompts = {"prompt": ["?482913="] * 64}
+
+    def load_dataset(path: str, **kwargs: Any) -> Dataset:
+        return Dataset.from_dict(prompts if path == "trl-lib/tldr" else rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("SFTConfig", "GRPOConfig"):
+        original = getattr(trl, name)
+        small = {"save_strategy": "no"} | ({"max_completion_length": 4} if name == "GRPOConfig" else {})
+        monkeypatch.setattr(
+            trl,
+            name,
+            lambda original=original, small=small, **kwargs: original(**{**kwargs, **CPU, **small, "max_steps": 4}),
+        )
+    monkeypatch.chdir(tmp_path)
+    return model_dir
+
+
+@pytest.mark.parametrize("index", range(len(blocks("diff"))))
+def test_the_two_line_diffs_apply_and_prune(index, hub):
+    lines = blocks("diff")[index].splitlines()
+    after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    added = [line for line in lines if line.startswith("+")]
+    assert len(added) <= 4
+    namespace: dict[str, Any] = {}
+    exec(after.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(hub))), namespace)
+    targets = sparsity_report(namespace["trainer"].model)["targets"]
+    assert targets["zeros"] == round(0.5 * targets["parameters"])
+
+
+def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(block, namespace)
+    assert namespace["sparsity_report"]("sparse-model")["targets"]["sparsity"] == pytest.approx(0.7, abs=1e-4)
+    merged = namespace["sparsity_report"]("merged")["layers"]
+    queries = [row for name, row in merged.items() if "q_proj" in name or "v_proj" in name]
+    assert sum(row["zeros"] for row in queries) >= 0.5 * sum(row["parameters"] for row in queries)
+
+
+def test_the_shell_blocks_name_what_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in "\n".join(blocks("bash")).splitlines():
+        for command in filter(str.strip, line.split("#")[0].split("&&")):
+            words = shlex.split(command)
+            if words[0] == "make":
+                assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line
+            elif words[0] == "python":
+                source = (ROOT / words[1]).read_text(encoding="utf-8")
+                for flag in (word for word in words if word.startswith("--")):
+                    assert f'"{flag}"' in source, line
+            else:
+                assert words[:2] == ["pip", "install"], line
+
+
+def test_the_tree_lists_the_files_that_there_are():
+    tree = next(text for _, text in BLOCKS if "pyproject.toml" in text)
+    listed, folder = set(), Path()
+    for line in tree.splitlines():
+        name = line.split("#")[0].rstrip()
+        depth = (len(name) - len(name.lstrip())) // 2
+        folder = Path(*folder.parts[:depth])
+        if name.endswith("/"):
+            folder /= name.strip().rstrip("/")
+        elif name.strip():
+            listed.add(str(folder / name.strip()))
+    patterns = ("mama_hf/*.py", "examples/*.py", "benchmarks/*.py", "tests/*.py")
+    there = {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
+    assert {name for name in listed if name.endswith(".py")} == there
+    assert all((ROOT / name).exists() for name in listed)
