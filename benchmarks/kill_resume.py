@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from mama_hf import MamaPruningCallback, MamaPruningConfig
 
 
-MAX_STEPS, MAX_KILLS = 60, 4
+MAX_STEPS, MAX_KILLS = 60, 3
 RECIPES: list[dict[str, Any]] = [{"criterion": name} for name in ("mama", "wanda", "displacement", "random")]
 RECIPES.insert(1, {"criterion": "taylor", "regrowth": 0.1})
 
@@ -64,7 +64,7 @@ def train(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def run(folder: Path, recipe: dict[str, Any], rng: random.Random | None = None) -> list[int]:
-    """Train to the end; with `rng`, kill it up to 4 times. Returns the newest complete checkpoint at each kill."""
+    """Train to the end; with `rng`, kill it up to 3 times. Returns the newest complete checkpoint at each kill."""
     killed: list[int] = []
     while True:
         folder.mkdir(exist_ok=True)

@@ -3,8 +3,9 @@
     python examples/smollm2.py      # SmolLM2-135M-Instruct, once
     python examples/prune_grpo.py   # half of its weights become zero while it learns to add
 
-The task is the sum of two numbers below 10, after two solved examples in the prompt. The model starts with about half
-of the rewards. `--sparsity 0` is the dense GRPO run to compare with.
+The task is the sum of two numbers below 20, after two solved examples in the prompt. Without training the model gets a
+good third of them right. The default run sees no prompt twice, so that its rewards are those of unseen sums.
+`--sparsity 0` is the dense GRPO run to compare with.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="outputs/smollm2", help="Hub id or folder")
     parser.add_argument("--dataset", help="Hub id with the columns `prompt` and `answer`; sums if not given")
     parser.add_argument("--output-dir", default="outputs/grpo")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros in the linear layers")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros; 0: dense GRPO")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--batch-size", type=int, default=32, help="completions a step")
@@ -35,8 +36,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def sums() -> Dataset:
-    """All sums of two numbers below 10, with their answers."""
-    pairs = [(a, b) for a in range(10) for b in range(10)]
+    """All 400 sums of two numbers below 20, with their answers."""
+    pairs = [(a, b) for a in range(20) for b in range(20)]
     prompts = [f"2 + 3 = 5\n4 + 1 = 5\n{a} + {b} =" for a, b in pairs]
     return Dataset.from_dict({"prompt": prompts, "answer": [str(a + b) for a, b in pairs]})
 
@@ -49,7 +50,6 @@ def first_number_reward(completions: list[str], answer: list[str], **kwargs: Any
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
-    on_gpu = torch.accelerator.is_available()
     config = GRPOConfig(
         output_dir=args.output_dir,
         max_steps=args.steps,
@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         num_generations=args.num_generations,
         max_completion_length=args.max_completion_length,
         seed=args.seed,
-        use_cpu=not on_gpu,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        gradient_checkpointing=False,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=torch.cuda.is_available(),
+        activation_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "reward_after": sum(rewards[-num_steps:]) / num_steps,
         "sparsity": report["targets"]["sparsity"],
     }
-    print(results)
-    print(report["total"])
+    print(results, report["total"], sep="\n")
     return results
 
 

@@ -106,10 +106,11 @@ class MamaPruningConfig:
     allocation: AllocationName = field(
         default="uniform", metadata={"help": "How sparsity is shared among layers when the scope is not global."}
     )
+    # HfArgumentParser takes a list's default from a factory only, and of `X | None | Y` the X
     target_modules: str | list[str] = field(
-        default="all-linear", metadata={"help": "all-linear, or module-name suffixes."}
+        default_factory=lambda: "all-linear", metadata={"help": "all-linear, or module-name suffixes."}
     )
-    exclude_modules: str | list[str] | None = field(
+    exclude_modules: list[str] | None | str = field(  # noqa: RUF036
         default=None, metadata={"help": "Suffixes of module names to leave dense."}
     )
     move_values: Literal["none"] = field(default="none", metadata={"help": "Where a pruned weight's value goes."})
@@ -130,6 +131,10 @@ class MamaPruningConfig:
         self.final_sparsity = _number(self.final_sparsity)
         if self.target_modules == ["all-linear"]:  # the command line gives a list
             self.target_modules = "all-linear"
+        if not isinstance(self.granularity, str):
+            raise ValueError(
+                f"granularity={self.granularity!r} must be text. In YAML, N:M needs quotes: granularity: '2:4'."
+            )
         self._refuse_what_is_not_built()
         self._check_choices()
         self._check_sparsity()
@@ -139,7 +144,9 @@ class MamaPruningConfig:
             self._check_modules("exclude_modules", self.exclude_modules)
         for name in ("ema_decay", "regrowth"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < 1):
+            if name == "ema_decay" and value is None:
+                continue
+            if not (_is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} must be a fraction in [0, 1).")
 
     @property

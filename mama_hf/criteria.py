@@ -84,11 +84,11 @@ CRITERIA: dict[str, Criterion] = {
 
 def score(name: str, weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
     """
-    The score of a weight, fp32. Non-finite entries count as the lowest, so that selection stays exact.
+    The score of a weight, fp32 and finite: NaN counts as the lowest. -inf is left to what is pruned already.
 
     Args:
         weight (`torch.Tensor`): any floating dtype.
         statistics (`dict`): the tensors that `CRITERIA[name].statistics` names.
     """
     scores = CRITERIA[name].score(weight.float(), **statistics)
-    return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
+    return torch.nan_to_num(scores, nan=torch.finfo(torch.float32).min)

@@ -154,7 +154,8 @@ def _put_first_what_comes_back_(
             number = min(round(swap * _kept(pool.shape[1], sparsity)), int((~pool).sum(dim=1).min()))
             back.append(_keep_in_pools(grown, weight, scope, number))
     for score, mask in zip(scores, back):
-        score.masked_fill_(mask, torch.inf)
+        # below the best N of each group, which are set to infinity
+        score.masked_fill_(mask, torch.finfo(score.dtype).max)
 
 
 def _kept(size: int, sparsity: float) -> int:

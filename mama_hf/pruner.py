@@ -188,14 +188,17 @@ class Pruner:
         Continue from `state_dict`.
 
         Raises:
-            `KeyError`: if a tensor is missing; its name says which.
+            `KeyError`: if a tensor is missing, or there is a mask of a weight that is no target; its name says which.
         """
         prefix = "statistics."
         statistics = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         self.statistics.load_state_dict(statistics)
         self.masks, self.num_pruned = None, 0
-        if any(key.startswith("mask.") for key in tensors):
-            self._set_masks([tensors[f"mask.{target.name}"].to(target.parameter.device) for target in self.targets])
+        found, names = {key for key in tensors if key.startswith("mask.")}, [f"mask.{t.name}" for t in self.targets]
+        if found - set(names):
+            raise KeyError(min(found - set(names)))
+        if found:
+            self._set_masks([tensors[name].to(t.parameter.device) for name, t in zip(names, self.targets)])
         self.changed, self.has_signal = values["changed"], values["has_signal"]
         self._is_held = values["is_held"]
         self.hold()

@@ -64,14 +64,18 @@ def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
         `FileNotFoundError`: for a folder without safetensors weights.
     """
     tensors: Iterable[tuple[str, Tensor]]
+    skeleton: Any = model
     if isinstance(model, nn.Module):
-        skeleton = model
         tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     else:
+        files = _weight_files(Path(model))
         skeleton = _skeleton(Path(model))
-        tensors = _stored_tensors(Path(model))
+        tensors = _stored_tensors(files)
     targets = {target.name: target for target in matching_targets(skeleton, _recipe(skeleton))}
     rows = {name: _describe(tensor, targets.get(plain_name(name))) for name, tensor in tensors}
+    if sum(row["target"] for row in rows.values()) < len(targets) and not isinstance(model, nn.Module):
+        # the file has other names than the model, such as one for each expert: only loading joins them
+        return sparsity_report(type(skeleton).from_pretrained(model, dtype="auto"))
     return SparsityReport(
         total=_sum(rows.values()),
         targets=_sum(row for row in rows.values() if row["target"]),
@@ -79,17 +83,23 @@ def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
     )
 
 
-def _skeleton(directory: Path) -> nn.Module:
+def _skeleton(directory: Path) -> Any:
     """The model of a folder without memory behind its parameters."""
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         return getattr(transformers, config.architectures[0])(config)
 
 
-def _stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def _weight_files(directory: Path) -> list[Path]:
     files = sorted(path for path in directory.glob("*.safetensors") if path.name != STATE_NAME)
     if not files:
-        raise FileNotFoundError(f"There are no safetensors weights in {directory}.")
+        raise FileNotFoundError(
+            f"There are no safetensors weights in {directory}: a saved model has config.json and *.safetensors."
+        )
+    return files
+
+
+def _stored_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)

@@ -47,10 +47,10 @@ class PruningSchedule:
         """Fraction of zeros asked for after `step`: 0 before `start`, exactly `final_sparsity` from `end` on."""
         if step < self.start:
             return 0.0
-        if step >= self.end:
+        if step >= self.final_step:
             return self.final_sparsity
         share = SCHEDULES[self.shape]((step - self.start) / (self.end - self.start))
-        return self.initial_sparsity + (self.final_sparsity - self.initial_sparsity) * share
+        return min(self.final_sparsity, self.initial_sparsity + (self.final_sparsity - self.initial_sparsity) * share)
 
     def is_update(self, step: int) -> bool:
         """Whether the masks change at the end of `step`."""

@@ -193,10 +193,12 @@ def _untargetable(model: Any) -> dict[int, str]:
                 reasons.setdefault(id(parameter), f"it is tied to {owners[id(parameter)]}")
             owners.setdefault(id(parameter), owner)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-    output = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
-    if output is not None:
-        for parameter in output.parameters():
-            reasons.setdefault(id(parameter), "it is the output layer")
+    if isinstance(inner, PreTrainedModel):
+        # lm_head, classifier, score, qa_outputs: what stands beside the base model
+        outputs = [inner.get_output_embeddings(), *(child for child in inner.children() if type(child) is nn.Linear)]
+        for output in filter(None, outputs):
+            for parameter in output.parameters():
+                reasons.setdefault(id(parameter), "it is the output layer")
     return reasons
 
 

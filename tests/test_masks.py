@@ -297,6 +297,15 @@ def test_regrowth_keeps_to_the_pattern(n_of_m: tuple[int, int]) -> None:
     assert not bool((previous[0] & ~before[0]).any())
 
 
+def test_regrowth_into_one_group_takes_no_place_of_another() -> None:
+    """Three grow in the first group, which keeps one: the others can't push out what came back elsewhere before."""
+    previous = [torch.eye(4, dtype=torch.bool).repeat(1, 4)[:1]]  # 1:4, the first of each group
+    growth = [-torch.arange(16.0).reshape(1, 16)]
+    chosen = select([torch.ones(1, 16)], [torch.zeros(1, 16)], 0.75, "layer", (1, 4), previous, growth, swap=0.75)
+    assert chosen[0].reshape(4, 4).sum(dim=1).tolist() == [1, 1, 1, 1]
+    assert int((chosen[0] & ~previous[0]).sum()) == 1
+
+
 # The floor of the global scope.
 
 

@@ -90,6 +90,7 @@ def test_patterns(recipe: dict[str, Any], expected: list[str], tiny_llama: PreTr
     [
         {"target_modules": ["qproj"]},
         {"target_modules": "q_proj"},  # a regular expression for the whole name
+        {"target_modules": r"model\.layers\.0"},
         {"target_modules": ["lm_head"]},
         {"target_modules": ["embed_tokens"]},
         {"exclude_modules": ".*"},
