@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import str_to_bool
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
@@ -15,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .checkpoint import describe, load_state, save_recipe_with, save_state
 from .config import MamaPruningConfig
 from .pruner import Pruner, unwrap_optimizer
+from .targets import LoraTarget
 
 
 logger = logging.getLogger(__name__)
@@ -87,8 +89,9 @@ class MamaPruningCallback(TrainerCallback):
         pruner = self._running()
         if pruner.update(state.global_step):
             describe(kwargs["model"], self.config, pruner.sparsity)
-        if args.load_best_model_at_end and not pruner.is_final(state.global_step):
-            # a model that is not pruned to the end yet never counts as the best: loading it would undo the pruning
+        best = state.best_global_step
+        if args.load_best_model_at_end and best is not None and not pruner.is_final(best):
+            # a model that was not pruned to the end yet never stays the best: loading it would undo the pruning
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_log(
@@ -124,6 +127,11 @@ class MamaPruningCallback(TrainerCallback):
     ) -> None:
         pruner = self._running()
         pruner.statistics.detach()
+        if any(isinstance(target, LoraTarget) for target in pruner.targets):
+            logger.warning(
+                "The model is sparse in the sum of base and adapter: serve model.merge_and_unload(). The adapter by "
+                "itself, loaded on the dense base, is not sparse."
+            )
         if not pruner.is_final(state.global_step):
             logger.warning(
                 "Training stopped at step %d with %.4f of the targeted weights pruned; the final sparsity of %.4f is "
@@ -195,9 +203,11 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
 
 
 def _check_backend(args: TrainingArguments, state: TrainerState) -> None:
+    # `accelerate launch` says it in the environment and leaves the arguments empty
+    launched = {name: str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "0")) for name in ("DEEPSPEED", "FSDP")}
     unsupported = {
-        "DeepSpeed": args.deepspeed,
-        "FSDP": args.fsdp,
+        "DeepSpeed": args.deepspeed or args.deepspeed_plugin or launched["DEEPSPEED"],
+        "FSDP": args.fsdp or launched["FSDP"],
         "hyperparameter_search": state.is_hyper_param_search,
     }
     for name, active in unsupported.items():
@@ -209,13 +219,11 @@ def _check_backend(args: TrainingArguments, state: TrainerState) -> None:
 
 
 def _check_best_model(args: TrainingArguments, state: TrainerState, pruner: Pruner) -> None:
-    """With `load_best_model_at_end`, at least one evaluation must see the fully pruned model."""
-    if not args.load_best_model_at_end or args.eval_strategy != IntervalStrategy.STEPS:
-        return
-    last_evaluation = state.max_steps // state.eval_steps * state.eval_steps
-    if last_evaluation < pruner.schedule.final_step:
+    """With `load_best_model_at_end`, an evaluation must see the fully pruned model; the last step always has one."""
+    end = state.max_steps if args.eval_strategy == IntervalStrategy.STEPS else state.num_train_epochs
+    if args.load_best_model_at_end and args.eval_delay > end:
         raise ValueError(
-            "load_best_model_at_end could only bring back a model from before the final sparsity: the last evaluation "
-            f"is at step {last_evaluation} and pruning ends at step {pruner.schedule.final_step}. Evaluate more "
-            "often, end pruning earlier, or turn load_best_model_at_end off."
+            f"load_best_model_at_end needs an evaluation once the final sparsity is reached (step "
+            f"{pruner.schedule.final_step}), but eval_delay={args.eval_delay} allows none before the run ends, at "
+            f"{end}. Lower eval_delay or turn load_best_model_at_end off."
         )

@@ -121,10 +121,11 @@ def save_recipe_with(model: nn.Module) -> None:
     """From now on `model.save_pretrained(dir)` writes `pruning_config.json` too, and so do trainer and Hub uploads."""
     for part in _savers(model):
         # a bound method, so that a copy of the model gets one bound to itself
-        part.save_pretrained = types.MethodType(_save_pretrained, part)
+        part.save_pretrained = types.MethodType(save_pretrained, part)
 
 
-def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a pruned model. By the name of the method, so that a pickle of the model finds that."""
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         MamaPruningConfig.from_dict(self.config.mama["recipe"]).save_pretrained(save_directory)

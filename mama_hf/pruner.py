@@ -79,8 +79,8 @@ class Pruner:
     def _hold_what_is_sparse(self) -> bool:
         """A model that is as sparse as asked, or sparser, keeps the zeros it has: they become the masks."""
         num_zeros = sum(int((target.weight == 0).sum()) for target in self.targets)
-        asked = round(self.schedule.final_sparsity * self.num_weights)
-        if not 0 < asked <= num_zeros:
+        asked = self._num_zeros_asked()
+        if not 0 < asked <= num_zeros or not self._has_pattern():
             return False
         if num_zeros > asked:
             logger.warning(
@@ -91,6 +91,24 @@ class Pruner:
             )
         self._set_masks([target.weight != 0 for target in self.targets])
         return True
+
+    def _num_zeros_asked(self) -> int:
+        """Zeros at the final sparsity, by the rounding of the scope."""
+        sparsity, shapes = self.schedule.final_sparsity, [target.row_shape for target in self.targets]
+        if self.scope == "global":
+            return round(sparsity * self.num_weights)
+        return sum(
+            rows * round(sparsity * inputs) if self.scope == "row" else round(sparsity * rows * inputs)
+            for rows, inputs in shapes
+        )
+
+    def _has_pattern(self) -> bool:
+        """Whether the zeros that are there make up the N:M pattern, if one is asked for."""
+        if self.config.n_of_m is None:
+            return True
+        kept, group = self.config.n_of_m
+        rows = (target.to_rows(target.weight) for target in self.targets)
+        return all(int((weight.reshape(-1, group) != 0).sum(dim=1).max()) <= kept for weight in rows)
 
     @property
     def sparsity(self) -> float:

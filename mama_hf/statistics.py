@@ -85,8 +85,7 @@ class Statistics:
         if not live:
             return
         device = self.num_steps.device
-        norms = [torch.linalg.vector_norm(target.gradient, dtype=torch.float32).to(device) for _, target in live]
-        norm = torch.stack(norms).norm()
+        norm = torch.stack([_norm(target.gradient).to(device) for _, target in live]).norm()
         finite = norm.isfinite()
         counts = finite & (norm > 0)
         self.num_steps += counts
@@ -179,6 +178,11 @@ class Statistics:
             for target, value in zip(self.targets, values):
                 if value is not None:
                     value.copy_(tensors[f"{name}.{target.name}"])
+
+
+def _norm(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "live targets have one"
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).float()
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ class Target:
         """I."""
         return self.parameter.shape[self.input_dim]
 
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(E * O, I)."""
+        return self.parameter.numel() // self.num_inputs, self.num_inputs
+
     def to_rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as [E * O, I]: a view where the layout allows it."""
         return tensor.movedim(self.input_dim, -1).reshape(-1, self.num_inputs)
