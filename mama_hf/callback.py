@@ -1,7 +1,6 @@
 """`MamaPruningCallback`: each event of the trainer is one call to the `Pruner`."""
 
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers.trainer_utils import IntervalStrategy
 from .checkpoint import describe, load_state, save_recipe_with, save_state
 from .config import MamaPruningConfig
 from .pruner import Pruner, unwrap_optimizer
-from .targets import LoraTarget
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +125,7 @@ class MamaPruningCallback(TrainerCallback):
     ) -> None:
         pruner = self._running()
         pruner.statistics.detach()
-        if any(isinstance(target, LoraTarget) for target in pruner.targets):
+        if pruner.has_adapters:
             logger.warning(
                 "The model is sparse in the sum of base and adapter: serve model.merge_and_unload(). The adapter by "
                 "itself, loaded on the dense base, is not sparse."
@@ -163,11 +161,10 @@ class MamaPruningCallback(TrainerCallback):
         handler.callbacks.insert(0, self)
 
     def _resume_folder(self, args: TrainingArguments, state: TrainerState) -> str | os.PathLike:
-        given = [self.resume_from, args.resume_from_checkpoint]
-        for folder in given:
-            if folder is not None and os.path.isdir(folder):
-                return folder
-        return _checkpoint_folder(args, state)
+        if self.resume_from is not None:
+            return self.resume_from
+        given = args.resume_from_checkpoint
+        return given if given is not None and os.path.isdir(given) else _checkpoint_folder(args, state)
 
     def _save_state(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero:
@@ -195,7 +192,14 @@ def generation_alignment(args: TrainingArguments) -> int:
     if settings.get("steps_per_generation") is None:
         return 1
     generate_every = settings["steps_per_generation"] * settings["num_iterations"]
-    return math.lcm(generate_every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+    accumulate = args.gradient_accumulation_steps
+    if generate_every % accumulate and accumulate % generate_every:
+        raise ValueError(
+            f"steps_per_generation * num_iterations = {generate_every} and gradient_accumulation_steps = {accumulate} "
+            "do not fit: one must divide the other, so that generation batches end where optimizer steps end. Change "
+            "steps_per_generation or gradient_accumulation_steps."
+        )
+    return max(1, generate_every // accumulate)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:

@@ -11,7 +11,7 @@ from .criteria import CRITERIA, score
 from .masks import select
 from .schedule import resolve_schedule
 from .statistics import DEFAULT_EMA_DECAY, Statistics
-from .targets import find_targets
+from .targets import LoraTarget, find_targets
 from .values import apply_masks_, check_optimizer
 
 
@@ -61,7 +61,7 @@ class Pruner:
             seed=seed,
         )
         self.masks: list[Tensor] | None = None
-        self.has_signal = True
+        self.has_signal, self._is_fresh = True, False
         self.num_pruned = 0
         self.changed = 0.0
         self.num_weights = sum(target.parameter.numel() for target in self.targets)
@@ -115,6 +115,11 @@ class Pruner:
         """Fraction of zeros that the masks enforce in the targeted weights."""
         return self.num_pruned / self.num_weights
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether weights are pruned through LoRA, so that they are sparse only when the adapter is merged."""
+        return any(isinstance(target, LoraTarget) for target in self.targets)
+
     def is_final(self, step: int) -> bool:
         """Whether the final sparsity has been reached by `step`, so that the masks won't change any more."""
         return self._is_held or step >= self.schedule.final_step
@@ -125,8 +130,13 @@ class Pruner:
 
     def observe(self) -> None:
         """Gradients are complete and the optimizer has not run: collect the statistics."""
-        if self.has_signal and not self._is_held:
+        if self._is_held:
+            return
+        if self.has_signal:
             self.statistics.observe()
+        else:
+            self.statistics.skip()
+        self._is_fresh = False
 
     def observe_rewards(self, signal: float) -> None:
         """
@@ -136,7 +146,9 @@ class Pruner:
             signal (`float`): share of the prompt groups whose rewards differ. 0: the advantages are all zero, and what
                 gradient there is (a KL term, weight decay) says nothing of the reward.
         """
-        self.has_signal = signal > 0
+        # a step may learn from several generation batches, and a batch may last for several steps
+        self.has_signal = signal > 0 or (self.has_signal and self._is_fresh)
+        self._is_fresh = True
 
     def hold(self) -> None:
         """The optimizer has run: pruned weights and their momenta go back to zero."""

@@ -65,6 +65,10 @@ class Statistics:
         device = targets[0].parameter.device
         self.num_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        # of the forward passes since the last step, on this rank
+        self._pending = [
+            torch.zeros_like(values) for values in self.accumulators.get("input_norm", []) if values is not None
+        ]
         self._hooks: list[Any] = []
         self._attention_mask: Tensor | None = None
 
@@ -76,6 +80,7 @@ class Statistics:
     @torch.no_grad()
     def observe(self) -> None:
         """Take in the gradients of one optimizer step: accumulated over micro-batches, averaged over ranks."""
+        self._take_inputs()
         names = [name for name in self.accumulators if name in _PER_STEP]
         live = [
             (index, target)
@@ -97,6 +102,22 @@ class Statistics:
             gradient = gradient.float() * scale.to(gradient.device)
             for name in names:
                 self._accumulate_(self.accumulators[name][index], _PER_STEP[name](gradient, weight), name, counts)
+
+    def skip(self) -> None:
+        """Forget what was seen of a step that says nothing."""
+        for pending in self._pending:
+            pending.zero_()
+
+    def _take_inputs(self) -> None:
+        """Add the inputs of this step, of all ranks: each rank holds the same sums, so that any may save them."""
+        if not self._pending:
+            return
+        seen = _sum_over_ranks(torch.cat([pending.to(self._pending[0].device) for pending in self._pending]))
+        parts = seen.split([pending.numel() for pending in self._pending])
+        for total, pending, part in zip(self.accumulators["input_norm"], self._pending, parts):
+            assert total is not None
+            total += part.to(total.device)
+            pending.zero_()
 
     def _accumulate_(self, accumulator: Tensor | None, value: Tensor, name: str, counts: Tensor) -> None:
         if accumulator is None:
@@ -123,7 +144,7 @@ class Statistics:
             state = optimizer.state.get(target.parameter, {})
             return state["exp_avg_sq"].clone() if "exp_avg_sq" in state else torch.zeros_like(target.weight)
         if name == "input_norm":
-            norm = _sum_over_ranks(accumulator.clone()).sqrt_()
+            norm = (accumulator + self._pending[index]).sqrt_()
             return norm if target.input_dim == -1 else norm.unsqueeze(-1)
         return accumulator.clone()
 
@@ -146,7 +167,7 @@ class Statistics:
         self._attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _input_hook(self, index: int) -> Callable[[nn.Module, tuple], None]:
-        norms = self.accumulators["input_norm"]
+        pending = self._pending
 
         def add_input(module: nn.Module, args: tuple) -> None:
             if not (module.training and torch.is_grad_enabled()):
@@ -157,7 +178,7 @@ class Statistics:
                 mask = self._attention_mask
                 if mask is not None and inputs.shape[:-1] == mask.shape:
                     squares *= mask.unsqueeze(-1)
-                norms[index] += squares.reshape(-1, inputs.shape[-1]).sum(dim=0)
+                pending[index] += squares.reshape(-1, inputs.shape[-1]).sum(dim=0)
 
         return add_input
 
