@@ -73,7 +73,7 @@ def inference_mode_of(model: PreTrainedModel) -> Iterator[None]:
 
 
 def capture(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[Batch]
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Batch]
 ) -> tuple[list[Tensor], list[list[Call]]]:
     """
     The first block's hidden states [B, T, D] of each batch, and the calls of each batch's blocks.
@@ -99,9 +99,7 @@ def capture(
     return [hidden for hidden, _ in captured], [calls for _, calls in captured]
 
 
-def _own_outputs(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch
-) -> tuple[list[bool], list[Tensor]]:
+def _own_outputs(model: PreTrainedModel, blocks: nn.ModuleList, batch: Batch) -> tuple[list[bool], list[Tensor]]:
     """Each block's output in the model's forward, and whether it is the first of a tuple."""
     outputs: list[Any] = []
     hooks = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in blocks]
@@ -116,7 +114,7 @@ def _own_outputs(
 
 
 def _capture_batch(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch, is_tuple: Sequence[bool]
+    model: PreTrainedModel, blocks: nn.ModuleList, batch: Batch, is_tuple: Sequence[bool]
 ) -> tuple[Tensor, list[Call]]:
     first: list[Tensor] = []
     calls: list[Call] = []
@@ -133,7 +131,8 @@ def _capture_batch(
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> None:
-    device = model.get_input_embeddings().weight.device
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
     model.base_model(**{name: value.to(device) for name, value in batch.items()})
 
 
@@ -141,8 +140,8 @@ def _forward(model: PreTrainedModel, batch: Batch) -> None:
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Modules whose `forward` is another function meanwhile."""
     own = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
+    for module, replacement in forwards.items():
+        module.forward = replacement
     try:
         yield
     finally:
@@ -204,8 +203,8 @@ def record(
     for module, name in modules.items():
         if called.count(module) != 1:
             raise ValueError(
-                f"{name} is called {called.count(module)} times in a pass of its layer; prune_model needs exactly one. "
-                "Put it into exclude_modules."
+                f"{name} is called {called.count(module)} times in a pass of its layer; prune_model needs exactly "
+                "one. Put it into exclude_modules."
             )
     return output, records
 

@@ -28,7 +28,7 @@ def calibration_windows(
     Windows at random offsets of a text, tokenized as one string: a calibration set for [`prune_model`].
 
     Args:
-        text (`str` or `Iterable[str]`): e.g. a `datasets` column, `dataset["text"]`; its entries are joined by blank lines.
+        text (`str` or `Iterable[str]`): e.g. a `datasets` column, whose entries are joined by blank lines.
         num_windows (`int`, *optional*, defaults to 16): number of windows.
         length (`int`, *optional*, defaults to 512): tokens in each.
         seed (`int`, *optional*, defaults to 0): of the offsets.
@@ -42,7 +42,9 @@ def calibration_windows(
     joined = text if isinstance(text, str) else "\n\n".join(text)
     ids = torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < length:
-        raise ValueError(f"The text has {len(ids)} tokens, too few for a window of {length}. Give more, or less length.")
+        raise ValueError(
+            f"The text has {len(ids)} tokens, too few for a window of {length}. Give more, or less length."
+        )
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randint(len(ids) - length + 1, (num_windows,), generator=generator).tolist()
     return [ids[offset : offset + length].unsqueeze(0) for offset in offsets]
@@ -60,7 +62,9 @@ def check_calibration(calibration: Iterable[Any], num_embeddings: int) -> list[B
         `ValueError`: for no batch or only padding, for ids of another shape or type, or outside the vocabulary.
     """
     if isinstance(calibration, Tensor | Mapping | str):
-        raise ValueError(f"calibration must be an iterable of batches, not one {type(calibration).__name__}: put it in a list.")
+        raise ValueError(
+            f"calibration must be an iterable of batches, not one {type(calibration).__name__}: put it in a list."
+        )
     batches = [_check_batch(batch, index, num_embeddings) for index, batch in enumerate(calibration)]
     if not batches or not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise ValueError(
@@ -80,7 +84,9 @@ def _check_batch(batch: Any, index: int, num_embeddings: int) -> Batch:
     inputs = {name: values[name] for name in _INPUTS if values.get(name) is not None}
     ids = inputs["input_ids"]
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
-        raise ValueError(f"Calibration batch {index} has input_ids of shape {tuple(ids.shape)} and {ids.dtype}, not [B, T] ids.")
+        raise ValueError(
+            f"Calibration batch {index} has input_ids of shape {tuple(ids.shape)} and {ids.dtype}, not [B, T] ids."
+        )
     inputs.setdefault("attention_mask", torch.ones_like(ids))
     if inputs["attention_mask"].shape != ids.shape:
         raise ValueError(

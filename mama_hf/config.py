@@ -20,7 +20,9 @@ CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
 
 ScheduleName = Literal["cubic", "linear", "one-shot"]
-CriterionName = Literal["mama", "magnitude", "movement", "displacement", "taylor", "fisher", "wanda", "random", "sparsegpt"]
+CriterionName = Literal[
+    "mama", "magnitude", "movement", "displacement", "taylor", "fisher", "wanda", "random", "sparsegpt"
+]
 ScopeName = Literal["layer", "row", "global"]
 AllocationName = Literal["uniform", "owl"]
 MoveName = Literal["none", "mean", "bias", "least_squares"]
@@ -61,9 +63,9 @@ class MamaPruningConfig:
         exclude_modules (`str` or `list[str]`, *optional*):
             Suffixes, or one regular expression, of modules to leave dense.
         move_values (`str`, *optional*, defaults to `"none"`):
-            Where the value of a pruned weight goes (only in [`prune_model`] so far): `"none"`, `"mean"` (its row's kept
-            weights, evenly), `"bias"` (W_pruned E[x]) or `"least_squares"` (the kept weights of its row, such that the
-            layer's output changes least).
+            Where the value of a pruned weight goes: `"none"`, `"mean"` (its row's kept weights, evenly), `"bias"`
+            (W_pruned E[x]) or `"least_squares"` (the kept weights of its row, such that the layer's output changes
+            least). All but `"none"` only in [`prune_model`].
         reward_tolerance (`float`, *optional*):
             Largest fall of the reward that a mask update may cause. Not built so far.
         distillation_weight (`float`, *optional*, defaults to 0.0):
@@ -183,8 +185,8 @@ class MamaPruningConfig:
     def _check_combinations(self) -> None:
         if self.criterion == "sparsegpt" and self.move_values != "none":
             raise ValueError(
-                f"move_values={self.move_values!r} does not go with criterion='sparsegpt', which sets the values of the "
-                'kept weights itself. Set move_values="none".'
+                f"move_values={self.move_values!r} does not go with criterion='sparsegpt', which sets the values of "
+                'the kept weights itself. Set move_values="none".'
             )
         if self.allocation == "owl" and (self.n_of_m is not None or self.scope == "global"):
             raise ValueError(

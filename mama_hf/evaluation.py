@@ -114,9 +114,7 @@ def multiple_choice(
     """
     if not items or normalize not in ("characters", "tokens"):
         raise ValueError(f"multiple_choice needs items, and normalize={normalize!r} must be 'characters' or 'tokens'.")
-    requests = [
-        _encode(tokenizer, item["context"], f" {choice}") for item in items for choice in item["choices"]
-    ]
+    requests = [_encode(tokenizer, item["context"], f" {choice}") for item in items for choice in item["choices"]]
     values = iter(_score_requests(model, requests, batch_size, progress))
     lengths = iter(len(continuation) for _, continuation in requests)
     plain, normed = [], []
@@ -195,12 +193,14 @@ def generate_samples(
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         inputs.pop("token_type_ids", None)
-        output: Any = model.generate(
+        generate: Any = model.generate
+        output = generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        samples.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        new = output[0, inputs["input_ids"].shape[1] :]
+        samples.append(str(tokenizer.decode(new, skip_special_tokens=True)))
     model.train(training)
     return samples

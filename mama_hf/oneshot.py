@@ -1,7 +1,7 @@
 """`prune_model`: layer-by-layer pruning of a trained model on calibration data, without training.
 
-The model is taken block by block. With `move_values="least_squares"` two streams of hidden states run side by side, one
-through the dense blocks and one through the pruned ones, and a weight aims at what makes the two meet: query, key,
+The model is taken block by block. With `move_values="least_squares"` two streams of hidden states run side by side,
+one through the dense blocks and one through the pruned ones, and a weight aims at what makes the two meet: query, key,
 value, gate and up projections at the dense model's outputs, given the pruned model's inputs; the projections that
 write to the residual stream at the dense hidden state minus the current residual stream. So every block repairs the
 error that has built up before it. The other rules see only the pruned stream, as they were published.
@@ -27,7 +27,7 @@ from .checkpoint import describe, save_recipe_with
 from .config import MamaPruningConfig
 from .report import OneShotReport
 from .resume import Progress
-from .rules import DEFAULT_ITERATIONS, is_joint, prune_layer
+from .rules import DEFAULT_ITERATIONS, prune_layer
 from .solvers import Inputs, Moments
 from .targets import LoraTarget, Target, add_biases, find_targets, is_linear, writes_to_residual
 
@@ -80,7 +80,8 @@ def prune_model(
     _check_recipe(recipe)
     if iterations is not None and iterations < 1:
         raise ValueError(f"iterations={iterations!r} must be at least 1, or None for {DEFAULT_ITERATIONS}.")
-    batches = check_calibration(calibration, model.get_input_embeddings().num_embeddings)
+    embeddings: Any = model.get_input_embeddings()
+    batches = check_calibration(calibration, embeddings.num_embeddings)
     targets = _block_targets(model, recipe)
     engine = _Engine(model, recipe, batches, targets, device, iterations or DEFAULT_ITERATIONS)
     engine.warn_of_few_tokens()
@@ -278,8 +279,9 @@ class _Engine:
         self._remember(target.parameter)
         target.parameter.data.copy_(target.from_rows(result.values))
         if result.bias is not None:
-            self._remember(module.bias)  # type: ignore[arg-type]
-            module.bias.data += result.bias.to(module.bias.dtype)  # type: ignore[union-attr, operator]
+            bias: Any = module.bias
+            self._remember(bias)
+            bias.data += result.bias.to(bias.dtype)
         zeros = result.mask.numel() - int(result.mask.count_nonzero())
         return {
             "name": target.name,
@@ -334,7 +336,9 @@ class _DensePass:
         self.outputs: dict[nn.Module, list[Tensor]] = {}
         self.squares: dict[nn.Module, Tensor] = {}
         # dense minus pruned residual stream [T, D] of each batch, where the block adds its next output
-        self.gap = [engine._flat(a, i) - engine._flat(b, i) for i, (a, b) in enumerate(zip(engine.dense, engine.pruned))]
+        self.gap = [
+            engine._flat(a, i) - engine._flat(b, i) for i, (a, b) in enumerate(zip(engine.dense, engine.pruned))
+        ]
         self.residual = {module for module, name in modules.items() if writes_to_residual(name)}
         for batch, hidden in enumerate(engine.dense):
             here = engine._here(hidden)
@@ -360,13 +364,13 @@ class _DensePass:
 
     def residual_moments(self, module: nn.Module, inputs: Inputs, flat: list[Tensor]) -> Moments:
         """Target of a module that writes to the residual stream: its dense output plus the gap, without its bias."""
-        cross, square = 0, 0
+        bias: Any = module.bias
+        num_out = self.gap[0].shape[1]
+        cross, square = flat[0].new_zeros(num_out, flat[0].shape[1]), flat[0].new_zeros(num_out)
         for batch, x in enumerate(flat):
-            target = self.outputs[module][batch] + self.gap[batch]
-            if module.bias is not None:
-                target = target - module.bias.float()
-            cross = cross + target.T @ x
-            square = square + target.square().sum(dim=0)
+            target = self.outputs[module][batch] + self.gap[batch] - (0 if bias is None else bias.float())
+            cross.addmm_(target.T, x)
+            square += target.square().sum(dim=0)
         return Moments(inputs.gram, cross, square)
 
     def advance(self, module: nn.Module, batch: int, output: Tensor) -> None:
@@ -412,6 +416,6 @@ def _check_recipe(recipe: MamaPruningConfig) -> None:
     for name, (asked, instead) in refused.items():
         if asked:
             raise ValueError(
-                f"{name}={getattr(recipe, name)!r} needs training, and prune_model does none; set {name}={instead}, or "
-                "train with MamaPruningCallback."
+                f"{name}={getattr(recipe, name)!r} needs training, and prune_model does none; set {name}={instead}, "
+                "or train with MamaPruningCallback."
             )

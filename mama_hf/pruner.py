@@ -212,8 +212,9 @@ def _check_trainable(config: MamaPruningConfig) -> None:
     for name, (asked, instead) in one_shot_only.items():
         if asked:
             raise ValueError(
-                f"{name}={getattr(config, name)!r} works only in prune_model, which prunes without training. While a "
-                f"trainer trains, set {name}={instead}; or prune with prune_model first, and train with the masks held."
+                f"{name}={getattr(config, name)!r} works only in prune_model, which prunes without training. While "
+                f"a trainer trains, set {name}={instead}; or prune with prune_model first, and train with the "
+                "masks held."
             )
 
 

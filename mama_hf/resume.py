@@ -69,12 +69,14 @@ class Progress:
             state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
             saved = state["run"]
         except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{directory / STATE_NAME} is damaged ({error}). Delete the folder to start anew.") from error
+            raise ValueError(
+                f"{directory / STATE_NAME} is damaged ({error}). Delete the folder to start anew."
+            ) from error
         changed = [key for key, value in self.run.items() if saved.get(key) != value]
         if changed:
             raise ValueError(
-                f"{directory} holds a run with another {', '.join(changed)}. Resume with the same dense model, recipe, "
-                "iterations and calibration, or choose another resume_dir."
+                f"{directory} holds a run with another {', '.join(changed)}. Resume with the same dense model, "
+                "recipe, iterations and calibration, or choose another resume_dir."
             )
         self._finished, self._streams = state["finished"], state["streams"]
         self.rows, self.sparsities = state["rows"], state["sparsities"]
@@ -113,7 +115,7 @@ class Progress:
         """Block `index` is finished: write its weights, the streams behind it and the report so far."""
         if self.directory is None:
             return
-        weights = {name: value for target in targets for name, value in _parameters(target).items()}
+        weights: dict[str, Tensor] = {name: value for target in targets for name, value in _parameters(target).items()}
         streams = {f"dense.{batch:08d}": value for batch, value in enumerate(dense)}
         streams |= {f"pruned.{batch:08d}": value for batch, value in enumerate(pruned)}
         name, previous = f"streams-{index:05d}.safetensors", self._streams

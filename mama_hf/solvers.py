@@ -154,7 +154,9 @@ def cholesky(matrix: Tensor, damp: float = 0.0) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def least_squares(weight: Tensor, mask: Tensor, moments: Moments, steps: int = 20, system: System | None = None) -> Tensor:
+def least_squares(
+    weight: Tensor, mask: Tensor, moments: Moments, steps: int = 20, system: System | None = None
+) -> Tensor:
     """
     New values of the kept weights, so that the outputs come closest to Y: min over W' = mask * W' of |X W'^T - Y|^2.
 
@@ -193,7 +195,12 @@ def _conjugate_gradients(values: Tensor, mask: Tensor, cross: Tensor, gram: Tens
 
 @torch.no_grad()
 def admm(
-    weight: Tensor, moments: Moments, select: Selection, steps: int = 20, polish: int = 10, system: System | None = None
+    weight: Tensor,
+    moments: Moments,
+    select: Selection,
+    steps: int = 20,
+    polish: int = 10,
+    system: System | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     Mask and values chosen together: ADMM on |X W'^T - Y|^2 with a growing mask (Boza 2024, arXiv 2401.02938), then
@@ -229,9 +236,10 @@ def admm(
 @torch.no_grad()
 def better_rows(first: Tensor, second: Tensor, moments: Moments) -> Tensor:
     """Of two weights [O, I], the one with the smaller output error, row by row; `first` where they are equal."""
+    # the difference of the errors, which is exact where both are small
     change = second - first
-    product = first @ moments.gram
-    gain = (change * (2 * (product - moments.cross) + change @ moments.gram)).sum(dim=1, dtype=torch.float64)
+    slope = (first + second) @ moments.gram - 2 * moments.cross
+    gain = (change * slope).sum(dim=1, dtype=torch.float64)
     return torch.where((gain < 0).unsqueeze(1), second, first)
 
 
@@ -286,7 +294,9 @@ def sparsegpt(
         for column in range(stop - start):
             if n_of_m is not None and column % n_of_m[1] == 0:
                 end = column + n_of_m[1]
-                score = _obs_score(block[column:end], local[column:end, column:end], dead[start + column : start + end])
+                score = _obs_score(
+                    block[column:end], local[column:end, column:end], dead[start + column : start + end]
+                )
                 worst = score.topk(n_of_m[1] - n_of_m[0], dim=0, largest=False).indices
                 kept[column:end].scatter_(0, worst, False)
             lost = block[column] * ~kept[column]

@@ -153,7 +153,9 @@ def add_biases(model: PreTrainedModel, targets: list[Target]) -> Callable[[], No
         native = type(model)(copy.deepcopy(model.config))
     if native.state_dict().keys() != model.state_dict().keys():
         undo()
-        raise ValueError(f"{type(model).__name__} has no place for the biases of move_values='bias'. Use another rule.")
+        raise ValueError(
+            f"{type(model).__name__} has no place for the biases of move_values='bias'. Use another rule."
+        )
     return undo
 
 

@@ -164,7 +164,9 @@ def test_every_rule_goes_with_every_granularity(criterion, move, granularity):
             assert int(pruned.sum()) == round(0.6 * pruned.numel())
 
 
-@pytest.mark.parametrize(("criterion", "move"), [rule for rule in RULES if rule[1] != "none" or rule[0] == "sparsegpt"])
+@pytest.mark.parametrize(
+    ("criterion", "move"), [rule for rule in RULES if rule[1] != "none" or rule[0] == "sparsegpt"]
+)
 def test_values_really_move(criterion, move):
     dense, model = make("llama"), make("llama")
     report = prune_model(model, MamaPruningConfig(criterion=criterion, move_values=move), batches(), progress=False)
