@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import Batch
+from .targets import is_linear
 
 
 _PROBE_TOKENS = 8
@@ -151,7 +152,7 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.forward = forward
 
 
-def run(block: nn.Module, hidden: Tensor, call: Call, outputs: Mapping[nn.Module, Tensor] | None = None) -> Tensor:
+def run(block: nn.Module, hidden: Tensor, call: Call, outputs: Mapping[nn.Module, Any] | None = None) -> Tensor:
     """
     The block's output hidden state [B, T, D].
 
@@ -162,22 +163,44 @@ def run(block: nn.Module, hidden: Tensor, call: Call, outputs: Mapping[nn.Module
         return _first(block(hidden, *call.args, **call.kwargs))
 
 
-def run_to(
-    module: nn.Module, block: nn.Module, hidden: Tensor, call: Call, outputs: Mapping[nn.Module, Tensor]
-) -> Tensor:
-    """The input of `module` in the block; what comes after it is not computed."""
+def run_to(module: nn.Module, block: nn.Module, hidden: Tensor, call: Call, outputs: dict[nn.Module, Any]) -> Tensor:
+    """
+    The input of `module` in the block; what comes after it is not computed.
+
+    Args:
+        outputs (`dict`): of modules that are not computed, as their output is known. A child of the block (as the
+            attention) whose linear modules are all among them takes their place once it has been passed.
+    """
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise _Reached(args[0])
 
-    hook = module.register_forward_pre_hook(stop)
+    passed: dict[nn.Module, Any] = {}
+    hooks = [module.register_forward_pre_hook(stop)]
+    for child in _known_children(block, outputs):
+        hooks.append(child.register_forward_hook(lambda module, args, output: passed.__setitem__(module, output)))
     try:
         run(block, hidden, call, outputs)
     except _Reached as reached:
+        for child, output in passed.items():
+            for inner in child.modules():
+                outputs.pop(inner, None)
+            outputs[child] = output
         return reached.value
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     raise AssertionError("the module was called in the dense pass")
+
+
+def _known_children(block: nn.Module, outputs: Mapping[nn.Module, Any]) -> list[nn.Module]:
+    """The block's children that are not known themselves, but all linear modules in them (at least one) are."""
+    found = []
+    for child in block.children():
+        linears = [module for module in child.modules() if is_linear(module)]
+        if child not in outputs and linears and all(module in outputs for module in linears):
+            found.append(child)
+    return found
 
 
 def record(
@@ -239,5 +262,5 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _constant(output: Tensor) -> Callable[..., Tensor]:
+def _constant(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: output

@@ -63,7 +63,7 @@ def prune_model(
             [`calibration_windows`]. It should have several tokens for each input of the widest layer.
         device (`str` or `torch.device`, *optional*):
             where each block is worked on; it goes back afterwards. `None`: where the model is.
-        iterations (`int`, *optional*, defaults to 20):
+        iterations (`int`, *optional*, defaults to 14):
             quality against time: solver steps with `move_values="least_squares"`.
         resume_dir (`str`, *optional*):
             folder for finished blocks. A run that was stopped continues from there, given the same dense model, recipe
@@ -208,7 +208,7 @@ class _Engine:
         """Input group by input group, each with the inputs that the pruned weights before it give."""
         modules = self._modules(index, writers=True)
         dense = _DensePass(self, index, modules)
-        known: list[dict[nn.Module, Tensor]] = [{} for _ in self.batches]
+        known: list[dict[nn.Module, Any]] = [{} for _ in self.batches]
         rows = []
         for group in dense.groups:
             reached = [
@@ -219,8 +219,8 @@ class _Engine:
                 rows += self._prune_group(group, index, dense, reached)
             for batch, x in enumerate(reached):
                 for module in group:
-                    known[batch][module] = module(x)
-                    dense.advance(module, batch, known[batch][module])
+                    output = known[batch][module] = module(x)
+                    dense.advance(module, batch, output)
         if index + 1 < len(self.blocks):
             for batch, hidden in enumerate(self.pruned):
                 output = walk.run(self.blocks[index], self._here(hidden), self._call(index, batch), known[batch])

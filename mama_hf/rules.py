@@ -14,10 +14,10 @@ from .masks import select
 from .solvers import Inputs, Moments, admm, better_rows, bias_change, least_squares, move_mean, sparsegpt
 
 
-DEFAULT_ITERATIONS = 20
+DEFAULT_ITERATIONS = 14
 
 # scope where the recipe leaves it open, and there is no training
-_SCOPES = {"magnitude": "layer", "random": "layer", "wanda": "row", "mama": "row", "sparsegpt": "layer"}
+_SCOPES = {"magnitude": "layer", "random": "layer", "wanda": "row", "mama": "layer", "sparsegpt": "layer"}
 
 
 @dataclass
@@ -115,11 +115,11 @@ def _finish(
     if config.move_values == "bias":
         change = bias_change(weight, mask, inputs.mean)
         # the errors' mean goes: sum (e - mean e)^2 = sum e^2 - T (mean e)^2
-        gain = inputs.num_tokens * float(change.square().sum()) / float(moments.target_square.sum().clamp(min=1e-30))
+        gain = moments.relative(inputs.num_tokens * change.double().square().sum())
         return Pruned(masked, mask, before, max(0.0, before - gain), change)
     if config.criterion == "sparsegpt":
         return Pruned(moved, mask, before, moments.relative_error(moved))
     if config.move_values == "none":
         return Pruned(masked, mask, before, before)
-    values = better_rows(masked, moved, moments)
-    return Pruned(values, mask, before, moments.relative_error(values))
+    values, gains = better_rows(masked, moved, moments)
+    return Pruned(values, mask, before, max(0.0, before - moments.relative(gains.sum())))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 DAMPING = 0.01  # of the mean diagonal of H
-PENALTY = 1.0  # ADMM's rho, for a Gram matrix scaled to a unit diagonal
+PENALTY = 0.3  # ADMM's rho, for a Gram matrix scaled to a unit diagonal
 SPARSEGPT_BLOCK = 128
 _GRAM_BLOCK = 384
 
@@ -95,8 +95,12 @@ class Moments:
 
     def relative_error(self, weight: Tensor) -> float:
         """|X W'^T - Y|^2 / |Y|^2 over all outputs."""
-        error, scale = self.square_error(weight).double().sum(), self.target_square.double().sum()
-        return float(error / scale) if scale > 0 else float(error > 0)
+        return self.relative(self.square_error(weight).double().sum())
+
+    def relative(self, error: Tensor) -> float:
+        """A squared error as a share of |Y|^2."""
+        scale = self.target_square.double().sum()
+        return max(0.0, float(error / scale)) if scale > 0 else float(error > 0)
 
 
 class System:
@@ -234,13 +238,18 @@ def admm(
 
 
 @torch.no_grad()
-def better_rows(first: Tensor, second: Tensor, moments: Moments) -> Tensor:
-    """Of two weights [O, I], the one with the smaller output error, row by row; `first` where they are equal."""
-    # the difference of the errors, which is exact where both are small
+def better_rows(first: Tensor, second: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """
+    Of two weights [O, I], the one with the smaller output error, row by row; `first` where they are equal.
+
+    Returns:
+        `tuple`: the rows [O, I], and by how much each row's squared error is below that of `first` [O], fp64.
+    """
+    # the difference of the errors is exact even where both are small beside |Y|^2
     change = second - first
     slope = (first + second) @ moments.gram - 2 * moments.cross
     gain = (change * slope).sum(dim=1, dtype=torch.float64)
-    return torch.where((gain < 0).unsqueeze(1), second, first)
+    return torch.where((gain < 0).unsqueeze(1), second, first), gain.clamp(max=0).neg()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor
 from mama_hf.masks import select
 from mama_hf.solvers import (
     DAMPING,
+    PENALTY,
     Inputs,
     Moments,
     System,
@@ -125,9 +126,11 @@ def test_moving_never_raises_the_error(shape, kind, dtype):
         for kept, moved in cases:
             rounded = moved.to(dtype).float()
             assert torch.isfinite(rounded).all()
-            values = better_rows(weight * kept, rounded, moments)
+            values, gain = better_rows(weight * kept, rounded, moments)
             scale = 1e-5 * float(target.square().sum())
-            assert output_error(values, x, target) <= output_error(weight * kept, x, target) + scale
+            before = output_error(weight * kept, x, target)
+            assert output_error(values, x, target) <= before + scale
+            assert output_error(values, x, target) == pytest.approx(before - float(gain.sum()), abs=3 * scale + 1e-6)
             assert not values[~kept].any()
 
 
@@ -153,13 +156,13 @@ def naive_admm(weight: Tensor, moments: Moments, sparsity: float, steps: int) ->
     scale = (gram.diagonal() + damp).sqrt()
     system = (gram + damp * torch.eye(len(gram), dtype=torch.float64)) / scale[:, None] / scale[None, :]
     right = (moments.cross.double() + damp * weight.double()) / scale
-    inverse = torch.linalg.inv(system + torch.eye(len(gram), dtype=torch.float64))
+    inverse = torch.linalg.inv(system + PENALTY * torch.eye(len(gram), dtype=torch.float64))
     values, masks = torch.zeros_like(right), torch.ones_like(weight, dtype=torch.bool)
     growing = max(1, round(0.75 * steps))
     for row in range(len(weight)):
         kept, dual = weight[row].double() * scale, torch.zeros(len(gram), dtype=torch.float64)
         for step in range(1, steps + 1):
-            solved = inverse @ (right[row] + kept - dual)
+            solved = inverse @ (right[row] + PENALTY * (kept - dual))
             if step <= growing:
                 share = 1 - (1 - step / growing) ** 3
                 number = round(sparsity * share * len(gram))
