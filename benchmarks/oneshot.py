@@ -3,9 +3,9 @@
     python benchmarks/oneshot.py --data DIR --methods mama sparsegpt wanda --levels 0.5 0.7 2:4
 
 DIR holds `valid.txt` (calibration: 16 windows of 512 tokens at random offsets, seed 0) and `test.txt` (evaluation: 8
-windows of 512, evenly spaced). Results are merged into --output after each run, and drawn beside it. Seconds are of
-`prune_model` alone (`cpu_seconds` is the process's CPU time, the fair figure where other work shares the machine); the peak
-memory is the process's own, so that it needs one --methods and one --levels a call.
+windows of 512, evenly spaced). Results are merged into --output after each run, and drawn beside it. Times are of
+`prune_model` alone; `cpu_seconds`, of the process, is the fair one where other work shares the machine. The peak
+memory is the process's own, so that it needs one method and one level a call.
 """
 
 import argparse

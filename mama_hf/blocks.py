@@ -245,6 +245,11 @@ def group_by_input(records: Sequence[Record]) -> list[list[nn.Module]]:
     return [members for _, members in groups]
 
 
+def flatten(tensor: Tensor, tokens: Tensor) -> Tensor:
+    """[B, T, n] or [B * T, n] -> the rows that `tokens` (bool [B * T]) selects, fp32."""
+    return tensor.reshape(-1, tensor.shape[-1])[tokens.to(tensor.device)].float()
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Tensors inside tuples, lists and dicts on `device`."""
     if isinstance(value, Tensor):

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import mama_hf.blocks as blocks
-import mama_hf.oneshot as oneshot
+import mama_hf.engine as engine
 from mama_hf import MamaPruningConfig, prune_model
 from mama_hf.pruner import Pruner
 
@@ -396,7 +396,7 @@ class Killed(BaseException):
 def test_a_killed_run_resumes_bit_for_bit(recipe, tmp_path, monkeypatch):
     uninterrupted = make("llama", num_hidden_layers=4)
     whole = prune_model(uninterrupted, recipe, batches(), progress=False)
-    original, model = oneshot._Engine._prune_one, make("llama", num_hidden_layers=4)
+    original, model = engine.Engine._prune_one, make("llama", num_hidden_layers=4)
 
     def prune_one(self, module, index, *rest):
         if index == 2 and module is self.blocks[2].mlp.up_proj:
@@ -404,7 +404,7 @@ def test_a_killed_run_resumes_bit_for_bit(recipe, tmp_path, monkeypatch):
         return original(self, module, index, *rest)
 
     before = weights(model)
-    monkeypatch.setattr(oneshot._Engine, "_prune_one", prune_one)
+    monkeypatch.setattr(engine.Engine, "_prune_one", prune_one)
     with pytest.raises(Killed):
         prune_model(model, recipe, batches(), resume_dir=tmp_path, progress=False)
     assert same(before, weights(model))
