@@ -17,7 +17,7 @@ from .solvers import Inputs, Moments, admm, better_rows, bias_change, least_squa
 DEFAULT_ITERATIONS = 14
 
 # scope where the recipe leaves it open, and there is no training
-_SCOPES = {"magnitude": "layer", "random": "layer", "wanda": "row", "mama": "layer", "sparsegpt": "layer"}
+_SCOPES = {"magnitude": "layer", "random": "layer", "wanda": "row", "mama": "row", "sparsegpt": "layer"}
 
 
 @dataclass

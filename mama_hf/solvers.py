@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 DAMPING = 0.01  # of the mean diagonal of H
-PENALTY = 0.3  # ADMM's rho, for a Gram matrix scaled to a unit diagonal
+# ADMM's rho, for a Gram matrix scaled to a unit diagonal. A smaller one gives smaller errors on the calibration data,
+# and a larger perplexity on other text: it fits the calibration too closely.
+PENALTY = 1.0
 SPARSEGPT_BLOCK = 128
 _GRAM_BLOCK = 384
 
