@@ -247,7 +247,8 @@ def group_by_input(records: Sequence[Record]) -> list[list[nn.Module]]:
 
 def flatten(tensor: Tensor, tokens: Tensor) -> Tensor:
     """[B, T, n] or [B * T, n] -> the rows that `tokens` (bool [B * T]) selects, fp32."""
-    return tensor.reshape(-1, tensor.shape[-1])[tokens.to(tensor.device)].float()
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return (rows if bool(tokens.all()) else rows[tokens.to(tensor.device)]).float()  # without padding, no copy
 
 
 def to_device(value: Any, device: torch.device) -> Any:

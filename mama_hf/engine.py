@@ -166,6 +166,8 @@ class Engine:
                 for module in group:
                     output = known[batch][module] = module(x)
                     dense.advance(module, batch, output)
+            dense.inputs.pop(group[0], None)
+            del reached, x
         if index + 1 < len(self.blocks):
             for batch, hidden in enumerate(self.pruned):
                 output = walk.run(self.blocks[index], self._here(hidden), self._call(index, batch), known[batch])
