@@ -210,13 +210,16 @@ def record(
     The block's output, and the calls of `modules` (module -> name) in their order.
 
     Raises:
-        `ValueError`: for a module that is not called exactly once.
+        `ValueError`: for a module that is not called exactly once, or whose tensors are changed in place.
     """
     records: list[Record] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: records.append(Record(module, args[0], output)))
-        for module in modules
-    ]
+    versions: list[tuple[int, int]] = []
+
+    def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        records.append(Record(module, args[0], output))
+        versions.append((args[0]._version, output._version))
+
+    hooks = [module.register_forward_hook(take) for module in modules]
     try:
         output = run(block, hidden, call)
     finally:
@@ -228,6 +231,12 @@ def record(
             raise ValueError(
                 f"{name} is called {called.count(module)} times in a pass of its layer; prune_model needs exactly "
                 "one. Put it into exclude_modules."
+            )
+    for entry, seen in zip(records, versions):
+        if (entry.input._version, entry.output._version) != seen:
+            raise ValueError(
+                f"The input or output of {modules[entry.module]} is changed in place inside its layer, so that it "
+                "can't be read. This architecture is not supported by prune_model."
             )
     return output, records
 

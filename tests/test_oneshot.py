@@ -458,6 +458,14 @@ def test_experts_and_encoder_decoders_are_refused(make_model):
     prune_model(make_model("bert").eval(), FLAGSHIP, batches(), progress=False)  # an encoder works
 
 
+def test_layers_that_change_an_output_in_place_are_refused():
+    model = make("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda module, args, output: output.mul_(2))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj is changed in place"):
+        prune_model(model, FLAGSHIP, batches(), progress=False)
+
+
 def test_layers_that_are_more_than_a_sequence_are_refused(monkeypatch):
     model = make("llama")
     original = blocks.run
