@@ -1,10 +1,12 @@
 """MAMA pruning (Movement and Magnitude Analysis, arXiv 2505.14052) inside Hugging Face trainers."""
 
+from .calibration import calibration_windows
 from .callback import MamaPruningCallback
 from .config import MamaPruningConfig
 from .criteria import CRITERIA
 from .grpo import MamaGRPOTrainer
 from .masks import GRANULARITIES
+from .oneshot import prune_model
 from .report import sparsity_report
 from .version import __version__
 
@@ -16,5 +18,7 @@ __all__ = [
     "MamaPruningCallback",
     "MamaPruningConfig",
     "__version__",
+    "calibration_windows",
+    "prune_model",
     "sparsity_report",
 ]

@@ -20,9 +20,12 @@ CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
 
 ScheduleName = Literal["cubic", "linear", "one-shot"]
-CriterionName = Literal["mama", "magnitude", "movement", "displacement", "taylor", "fisher", "wanda", "random"]
+CriterionName = Literal[
+    "mama", "magnitude", "movement", "displacement", "taylor", "fisher", "wanda", "random", "sparsegpt"
+]
 ScopeName = Literal["layer", "row", "global"]
-AllocationName = Literal["uniform"]
+AllocationName = Literal["uniform", "owl"]
+MoveName = Literal["none", "mean", "bias", "least_squares"]
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -46,20 +49,23 @@ class MamaPruningConfig:
         update_every (`int`, *optional*):
             Steps between mask updates. `None`: about 40 updates between start and end.
         criterion (`str`, *optional*, defaults to `"mama"`):
-            What a weight is worth: a key of [`CRITERIA`].
+            What a weight is worth: a key of [`CRITERIA`], or `"sparsegpt"` (only in [`prune_model`]).
         granularity (`str`, *optional*, defaults to `"unstructured"`):
             `"unstructured"` or `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`.
         scope (`str`, *optional*):
             Which weights compete: `"layer"` (within each weight), `"row"` (within each output row) or `"global"` (all
             targets). `None`: the best scope measured for the criterion. An N:M pattern is always within its M.
         allocation (`str`, *optional*, defaults to `"uniform"`):
-            How sparsity is shared among layers when the scope is not global.
+            How sparsity is shared among layers when the scope is not global: `"uniform"`, or `"owl"` (layers with more
+            outliers keep more, arXiv 2310.05175; only in [`prune_model`]).
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
             `"all-linear"`, a list of module-name suffixes, or one regular expression for the whole name.
         exclude_modules (`str` or `list[str]`, *optional*):
             Suffixes, or one regular expression, of modules to leave dense.
         move_values (`str`, *optional*, defaults to `"none"`):
-            Where the value of a pruned weight goes. Only `"none"` is built so far.
+            Where the value of a pruned weight goes: `"none"`, `"mean"` (its row's kept weights, evenly), `"bias"`
+            (W_pruned E[x]) or `"least_squares"` (the kept weights of its row, such that the layer's output changes
+            least). All but `"none"` only in [`prune_model`].
         reward_tolerance (`float`, *optional*):
             Largest fall of the reward that a mask update may cause. Not built so far.
         distillation_weight (`float`, *optional*, defaults to 0.0):
@@ -113,7 +119,7 @@ class MamaPruningConfig:
     exclude_modules: list[str] | None | str = field(  # noqa: RUF036
         default=None, metadata={"help": "Suffixes of module names to leave dense."}
     )
-    move_values: Literal["none"] = field(default="none", metadata={"help": "Where a pruned weight's value goes."})
+    move_values: MoveName = field(default="none", metadata={"help": "Where a pruned weight's value goes."})
     reward_tolerance: float | None = field(
         default=None, metadata={"help": "Largest fall of the reward that a mask update may cause."}
     )
@@ -137,6 +143,7 @@ class MamaPruningConfig:
             )
         self._refuse_what_is_not_built()
         self._check_choices()
+        self._check_combinations()
         self._check_sparsity()
         self._check_steps()
         self._check_modules("target_modules", self.target_modules)
@@ -162,8 +169,6 @@ class MamaPruningConfig:
                 self.granularity in ("neuron", "head", "neuron+head", "layer"),
                 '"unstructured" or an N:M pattern such as "2:4"',
             ),
-            "allocation": (self.allocation == "owl", '"uniform", or scope="global" to let layers differ'),
-            "move_values": (self.move_values in ("mean", "bias", "least_squares"), '"none"'),
             "reward_tolerance": (self.reward_tolerance is not None, "None"),
             "distillation_weight": (self.distillation_weight != 0, "0.0 (GRPOConfig(beta=...) adds a reference KL)"),
             "distillation_temperature": (self.distillation_temperature != 1, "1.0"),
@@ -178,11 +183,23 @@ class MamaPruningConfig:
         _check_choice("schedule", self.schedule, get_args(ScheduleName))
         _check_choice("criterion", self.criterion, get_args(CriterionName))
         _check_choice("allocation", self.allocation, get_args(AllocationName))
-        _check_choice("move_values", self.move_values, ("none",))
+        _check_choice("move_values", self.move_values, get_args(MoveName))
         if self.scope is not None:
             _check_choice("scope", self.scope, get_args(ScopeName))
         if self.n_of_m is None:
             _check_choice("granularity", self.granularity, ("unstructured", "2:4", "4:8", "1:4"), "or any other N:M")
+
+    def _check_combinations(self) -> None:
+        if self.criterion == "sparsegpt" and self.move_values != "none":
+            raise ValueError(
+                f"move_values={self.move_values!r} does not go with criterion='sparsegpt', which sets the values of "
+                'the kept weights itself. Set move_values="none".'
+            )
+        if self.allocation == "owl" and (self.n_of_m is not None or self.scope == "global"):
+            raise ValueError(
+                "allocation='owl' shares a free sparsity among layers: it does not go with an N:M granularity, which "
+                "fixes it, nor with scope='global', which shares it already. Set allocation=\"uniform\"."
+            )
 
     def _check_sparsity(self) -> None:
         for name in ("final_sparsity", "initial_sparsity"):

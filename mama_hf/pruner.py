@@ -48,6 +48,7 @@ class Pruner:
         reward_driven: bool = False,
         seed: int = 0,
     ) -> None:
+        _check_trainable(config)
         self.config, self.optimizer = config, optimizer
         self.schedule = resolve_schedule(config, max_steps, alignment)
         self.targets = find_targets(model, config)
@@ -232,6 +233,22 @@ class Pruner:
         self.changed, self.has_signal = values["changed"], values["has_signal"]
         self._is_held = values["is_held"]
         self.hold()
+
+
+def _check_trainable(config: MamaPruningConfig) -> None:
+    """Refuse, by name, what only `prune_model` can do."""
+    one_shot_only = {
+        "criterion": (config.criterion == "sparsegpt", '"mama" or another key of CRITERIA'),
+        "allocation": (config.allocation != "uniform", '"uniform", or scope="global" to let layers differ'),
+        "move_values": (config.move_values != "none", '"none"'),
+    }
+    for name, (asked, instead) in one_shot_only.items():
+        if asked:
+            raise NotImplementedError(
+                f"{name}={getattr(config, name)!r} works only in prune_model, which prunes without training. While "
+                f"a trainer trains, set {name}={instead}; or prune with prune_model first, and train with the "
+                "masks held."
+            )
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

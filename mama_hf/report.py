@@ -47,10 +47,46 @@ class SparsityReport(dict):
         table.add_section()
         for name in ("targets", "total"):
             table.add_row(name, "", "", *_cells(self[name]), "")
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return _text(table)
+
+
+class OneShotReport(dict):
+    """
+    What [`prune_model`] did: a dict with the keys `"recipe"` and `"layers"`. Each weight, by name, has `zeros`,
+    `parameters`, `sparsity`, `error_before` (|X W'^T - Y|^2 / |Y|^2 on the calibration data with the kept weights as
+    they were), `error` (the same after moving values) and `seconds`. `print(report)` shows a table.
+    """
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all pruned weights together."""
+        rows = self["layers"].values()
+        return sum(row["zeros"] for row in rows) / sum(row["parameters"] for row in rows)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on all weights, without the passes over the data."""
+        return sum(row["seconds"] for row in self["layers"].values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return json.loads(json.dumps({**self, "sparsity": self.sparsity, "seconds": self.seconds}))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `to_dict` as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        table = Table(title="One-shot pruning", title_justify="left")
+        table.add_column("weight", overflow="fold")
+        for column in ("sparsity", "error, not moved", "error", "seconds"):
+            table.add_column(column, justify="right")
+        for name, row in self["layers"].items():
+            errors = (f"{row['error_before']:.5f}", f"{row['error']:.5f}")
+            table.add_row(name, f"{row['sparsity']:.4f}", *errors, f"{row['seconds']:.2f}")
+        table.add_section()
+        table.add_row("all", f"{self.sparsity:.4f}", "", "", f"{self.seconds:.2f}")
+        return _text(table)
 
 
 def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
@@ -81,6 +117,13 @@ def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
         targets=_sum(row for row in rows.values() if row["target"]),
         layers=rows,
     )
+
+
+def _text(table: Table) -> str:
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def _skeleton(directory: Path) -> Any:

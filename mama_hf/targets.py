@@ -3,9 +3,10 @@
 Shapes: O = out, I = in, E = experts, r = LoRA rank.
 """
 
+import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,20 @@ from .config import MamaPruningConfig
 
 
 logger = logging.getLogger(__name__)
+
+# Field of a config -> the Linears that its native class gives a bias when it is set.
+_BIAS_FIELDS = {
+    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+}
+
+# Last part of the names of the Linears whose output is added to the residual stream.
+_RESIDUAL_WRITERS = (
+    *("o_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3 and most others
+    *("c_proj", "out_proj"),  # GPT-2, GPT-Neo, GPT-J, OPT's attention
+    *("dense", "dense_4h_to_h"),  # GPT-NeoX, Falcon, Bloom, Phi
+    *("fc2", "fc_out", "w2", "wo"),
+)
 
 
 @dataclass(eq=False)
@@ -103,12 +118,72 @@ class LoraTarget(Target):
         return self.module.get_delta_weight(self.adapter)
 
 
-def find_targets(model: nn.Module, config: MamaPruningConfig) -> list[Target]:
+def writes_to_residual(name: str) -> bool:
+    """Whether a module of this name is, in the architectures known, one whose output is added to the residual."""
+    return name.rsplit(".", 1)[-1] in _RESIDUAL_WRITERS
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one weight matrix that multiplies its input."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def add_biases(model: PreTrainedModel, targets: list[Target]) -> Callable[[], None]:
+    """
+    Give each target a bias (zero) where the model's native class has a field for it, and set the field.
+
+    Returns:
+        `Callable`: takes the biases away again.
+
+    Raises:
+        `ValueError`: if the native class has none, by name.
+    """
+    fields = {_bias_field(model, target) for target in targets if target.module.bias is None}
+    suffixes = [suffix for field in fields for suffix in _BIAS_FIELDS[field]]
+    linears = [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes]
+    bare: list[Any] = [module for _, module in linears if isinstance(module, nn.Linear) and module.bias is None]
+    before = {field: getattr(model.config, field) for field in fields}
+
+    def undo() -> None:
+        for module in bare:
+            module.bias = None
+        for field, value in before.items():
+            setattr(model.config, field, value)
+
+    for module in bare:
+        module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+    for field in fields:
+        setattr(model.config, field, True)
+    with torch.device("meta"):
+        native = type(model)(copy.deepcopy(model.config))
+    if native.state_dict().keys() != model.state_dict().keys():
+        undo()
+        raise ValueError(
+            f"{type(model).__name__} has no place for the biases of move_values='bias'. Use another rule."
+        )
+    return undo
+
+
+def _bias_field(model: PreTrainedModel, target: Target) -> str:
+    suffix = target.name.removesuffix(".weight").rsplit(".", 1)[-1]
+    for field, suffixes in _BIAS_FIELDS.items():
+        if suffix in suffixes and field in model.config.to_dict():
+            return field
+    raise ValueError(
+        f"move_values='bias' needs a bias, and {type(model).__name__} has no place for one at {target.name}. Use "
+        "move_values='least_squares', or add it to exclude_modules."
+    )
+
+
+def find_targets(model: nn.Module, config: MamaPruningConfig, trainable_only: bool = True) -> list[Target]:
     """
     The weights of `model` that the recipe prunes, in the model's order.
 
     With `"all-linear"` these are the weights of nn.Linear, transformers' Conv1D and experts held as one 3-D parameter.
     Embeddings, the output layer, tied weights and weights without a gradient are left out with a logged reason.
+
+    Args:
+        trainable_only (`bool`, *optional*, defaults to `True`): leave out weights with `requires_grad=False`.
 
     Raises:
         `ValueError`: if nothing matches, or for a matching module that can't be pruned (quantized, an unsupported
@@ -116,7 +191,7 @@ def find_targets(model: nn.Module, config: MamaPruningConfig) -> list[Target]:
     """
     targets = []
     for target in matching_targets(model, config):
-        if not isinstance(target, LoraTarget) and not target.parameter.requires_grad:
+        if trainable_only and not isinstance(target, LoraTarget) and not target.parameter.requires_grad:
             logger.info("%s is not pruned: it has no gradient (requires_grad=False).", target.name)
             continue
         _check_prunable(target, config)

@@ -26,7 +26,19 @@ ARROWS: dict[str, set[str]] = {
     "callback": {"checkpoint", "config", "pruner"},
     "grpo": {"callback", "config", "targets"},
     "cli": {"report", "version"},
-    "__init__": {"callback", "config", "criteria", "grpo", "masks", "report", "version"},
+    "solvers": set(),
+    "allocation": set(),
+    "evaluation": set(),
+    "calibration": set(),
+    "blocks": {"calibration", "targets"},
+    "dense": {"blocks", "solvers", "targets"},
+    "rules": {"config", "criteria", "masks", "solvers"},
+    "resume": {"calibration", "config", "targets"},
+    "engine": {
+        *("allocation", "blocks", "calibration", "config", "dense", "report", "resume", "rules", "solvers", "targets"),
+    },
+    "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
+    "__init__": {"calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "report", "version"},
 }
 
 # module -> libraries that it may not import, or names in them
@@ -45,6 +57,16 @@ FORBIDDEN: dict[str, set[str]] = {
     "callback": {"trl", "transformers.Trainer", "transformers.trainer"},
     "grpo": set(),
     "cli": {"trl", "transformers", "torch"},
+    "solvers": {"trl", "transformers", "torch.nn"},
+    "allocation": {"trl", "transformers"},
+    "evaluation": {"trl"},
+    "calibration": {"trl"},
+    "blocks": {"trl"},
+    "dense": {"trl"},
+    "rules": {"trl", "transformers"},
+    "resume": {"trl", "pickle"},
+    "engine": {"trl"},
+    "oneshot": {"trl"},
     "__init__": set(),
 }
 

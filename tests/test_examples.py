@@ -31,7 +31,8 @@ def test_the_scripts_are_short(script):
 def test_prune_sft(granularity, model_dir, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a482913=123489\n" * 60)
-    sizes = "--steps 6 --batch-size 2 --window 16 --eval-window 16 --num-eval-windows 2".split()
+    sizes = ["--steps", "6", "--batch-size", "2", "--window", "16"]
+    sizes += ["--eval-window", "16", "--num-eval-windows", "2"]
     arguments = ["--model", model_dir, "--dataset", str(text), "--eval-file", str(text), "--granularity", granularity]
     results = prune_sft.main([*arguments, *sizes, "--output-dir", str(tmp_path / "out")])
     assert results["perplexity_after"] > 1
@@ -44,7 +45,7 @@ def test_prune_sft(granularity, model_dir, tmp_path, capsys):
 
 
 def test_prune_grpo(model_dir, tmp_path, capsys):
-    sizes = "--steps 3 --batch-size 4 --num-generations 2 --max-completion-length 3".split()
+    sizes = ["--steps", "3", "--batch-size", "4", "--num-generations", "2", "--max-completion-length", "3"]
     results = prune_grpo.main(["--model", model_dir, "--output-dir", str(tmp_path / "out"), *sizes])
     assert results["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert 0 <= results["reward_after"] <= 1

@@ -63,12 +63,13 @@ def test_the_two_line_diffs_apply_and_prune(index, hub):
     assert targets["zeros"] == round(0.5 * targets["parameters"])
 
 
-def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_python_blocks_run_in_order(hub):
     torch.manual_seed(0)
     namespace: dict[str, Any] = {}
+    Path("calibration.txt").write_text("a482913=123489 " * 700)
     for block in blocks("python"):
-        exec(block, namespace)
+        exec(block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(hub))), namespace)
+    assert namespace["sparsity_report"]("one-shot-model")["targets"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert namespace["sparsity_report"]("sparse-model")["targets"]["sparsity"] == pytest.approx(0.7, abs=1e-4)
     merged = namespace["sparsity_report"]("merged")["layers"]
     queries = [row for name, row in merged.items() if "q_proj" in name or "v_proj" in name]

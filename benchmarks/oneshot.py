@@ -1,0 +1,127 @@
+"""One-shot pruning of SmolLM2-135M-Instruct: WikiText-2 perplexity over sparsity, method by method.
+
+    python benchmarks/oneshot.py --data DIR --methods mama sparsegpt wanda --levels 0.5 0.7 2:4
+
+DIR holds `valid.txt` (calibration: 16 windows of 512 tokens at random offsets, seed 0) and `test.txt` (evaluation: 8
+windows of 512, evenly spaced). Results are merged into --output after each run, and drawn beside it. Times are of
+`prune_model` alone; `cpu_seconds`, of the process, is the fair one where other work shares the machine. The peak
+memory is the process's own, so that it needs one method and one level a call.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mama_hf import MamaPruningConfig, calibration_windows, prune_model
+from mama_hf.evaluation import multiple_choice, perplexity
+
+
+METHODS: dict[str, dict[str, str]] = {
+    "mama": {"criterion": "mama", "move_values": "least_squares"},
+    "mama-owl": {"criterion": "mama", "move_values": "least_squares", "allocation": "owl"},
+    "sparsegpt": {"criterion": "sparsegpt"},
+    "wanda": {"criterion": "wanda"},
+    "wanda-least-squares": {"criterion": "wanda", "move_values": "least_squares"},
+    "magnitude": {"criterion": "magnitude", "scope": "layer"},
+    "magnitude-row": {"criterion": "magnitude", "scope": "row"},
+    "magnitude-mean": {"criterion": "magnitude", "scope": "row", "move_values": "mean"},
+}
+
+
+def recipe_of(method: str, level: str, scope: str | None) -> MamaPruningConfig:
+    settings: dict[str, Any] = dict(METHODS[method])
+    if scope is not None:
+        settings["scope"] = scope
+    if ":" in level:
+        kept, group = map(int, level.split(":"))
+        settings.pop("scope", None)
+        return MamaPruningConfig(granularity=level, final_sparsity=1 - kept / group, **settings)
+    return MamaPruningConfig(final_sparsity=float(level), **settings)
+
+
+def measure(args: argparse.Namespace, tokenizer: Any, method: str, level: str) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    result: dict[str, Any] = {}
+    if method != "dense":
+        windows = calibration_windows((args.data / "valid.txt").read_text(encoding="utf-8"), tokenizer, 16, 512)
+        start, cpu = time.perf_counter(), time.process_time()
+        report = prune_model(model, recipe_of(method, level, args.scope), windows, iterations=args.iterations)
+        result["seconds"] = time.perf_counter() - start
+        result["cpu_seconds"] = time.process_time() - cpu
+        result["solver_seconds"] = report.seconds
+        result["sparsity"] = report.sparsity
+        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    text = (args.data / "test.txt").read_text(encoding="utf-8")
+    result["perplexity"] = perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]
+    if args.arc:
+        lines = args.arc.read_text(encoding="utf-8").splitlines()[: args.arc_items]
+        scores = multiple_choice(model, tokenizer, [arc_item(json.loads(line)) for line in lines])
+        result["arc_easy"] = {key: value for key, value in scores.items() if not key.startswith("predictions")}
+    return result
+
+
+def arc_item(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of ARC as lm-evaluation-harness puts it."""
+    return {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "answer": row["label"]}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for method, levels in results.items():
+        points = sorted((float(level), row["perplexity"]) for level, row in levels.items() if _is_number(level))
+        if method != "dense" and points:
+            axes.plot(*zip(*points), marker="o", label=method)
+    if "dense" in results:
+        axes.axhline(results["dense"]["0"]["perplexity"], color="black", linestyle=":", label="dense")
+    axes.set(xlabel="sparsity", ylabel="WikiText-2 perplexity", yscale="log", title="One-shot, SmolLM2-135M-Instruct")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _is_number(level: str) -> bool:
+    return ":" not in level
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="outputs/smollm2", help="Hub id or folder (examples/smollm2.py makes one)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt and test.txt")
+    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["mama", "sparsegpt", "wanda"])
+    parser.add_argument("--levels", nargs="+", default=["0.5", "0.7", "2:4"])
+    parser.add_argument("--iterations", type=int, help="solver steps of the least-squares methods")
+    parser.add_argument("--scope", choices=("layer", "row"))
+    parser.add_argument("--arc", type=Path, help="arc_easy_test.jsonl, for the accuracy on it")
+    parser.add_argument("--arc-items", type=int, help="only the first so many items")
+    parser.add_argument("--suffix", default="", help="added to the methods' names in the results")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/oneshot.json"))
+    args = parser.parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    results: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for level in args.levels:
+        for method in args.methods:
+            name, key = method + args.suffix, "0" if method == "dense" else level
+            if key in results.get(name, {}) and method == "dense":
+                continue
+            row = measure(args, tokenizer, method, level)
+            results.setdefault(name, {})[key] = row
+            print(f"{name} {key}: perplexity {row['perplexity']:.2f}, {row.get('cpu_seconds', 0):.0f} s", flush=True)
+            args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    draw(results, args.output.with_suffix(".png"))
+    return results
+
+
+if __name__ == "__main__":
+    main()
