@@ -1082,12 +1082,3 @@ def test_two_processes_agree(tiny_llama: LlamaForCausalLM, make_dataset: Callabl
         for key, weight in final.items():
             assert_same(weight != 0, first[f"mask.{key}"])
         assert_same(first, resumed)
-
-
-@pytest.mark.parametrize(
-    "values", [{"move_values": "least_squares"}, {"allocation": "owl"}, {"criterion": "sparsegpt"}]
-)
-def test_what_only_prune_model_does_is_refused(tiny_llama: LlamaForCausalLM, train: Train, values: dict) -> None:
-    (name,) = values
-    with pytest.raises(NotImplementedError, match=f"{name}=.* works only in prune_model"):
-        train(tiny_llama, recipe(**{"scope": "layer"} | values))
