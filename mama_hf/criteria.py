@@ -15,7 +15,7 @@ from torch import Tensor
 class Criterion(NamedTuple):
     """
     Args:
-        score (`Callable`): (weight, \\*\\*statistics) -> score, all fp32 in the weight's shape.
+        score (`Callable`): (weight, \\*\\*statistics) -> score, all fp32 in the weight's shape; a new tensor.
         statistics (`tuple[str, ...]`): what the function takes beside the weight; only that is collected.
         scope (`str`): the scope used when the recipe leaves it open.
     """
@@ -32,7 +32,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 def movement(weight: Tensor, movement: Tensor) -> Tensor:
     """-sum_t g_t w_t: positive where training moves the weight away from zero (Sanh et al. 2020, eq. 3)."""
-    return movement
+    return movement.clone()
 
 
 def displacement(weight: Tensor, initial_weight: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ def displacement(weight: Tensor, initial_weight: Tensor) -> Tensor:
 
 def taylor(weight: Tensor, taylor: Tensor) -> Tensor:
     """sum_t |w_t g_t|: first-order change of the loss when w goes (Molchanov et al. 2017)."""
-    return taylor
+    return taylor.clone()
 
 
 def fisher(weight: Tensor, fisher: Tensor) -> Tensor:
     """sum_t (w_t g_t)^2: second-order change of the loss under the empirical Fisher (Theis et al. 2018)."""
-    return fisher
+    return fisher.clone()
 
 
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 def random(weight: Tensor, noise: Tensor) -> Tensor:
     """Uniform noise: the floor that every other criterion has to beat."""
-    return noise
+    return noise.clone()
 
 
 def mama(weight: Tensor, gradient_square: Tensor) -> Tensor:
@@ -91,4 +91,4 @@ def score(name: str, weight: Tensor, statistics: dict[str, Tensor]) -> Tensor:
         statistics (`dict`): the tensors that `CRITERIA[name].statistics` names.
     """
     scores = CRITERIA[name].score(weight.float(), **statistics)
-    return torch.nan_to_num(scores, nan=torch.finfo(torch.float32).min)
+    return torch.nan_to_num_(scores, nan=torch.finfo(torch.float32).min)

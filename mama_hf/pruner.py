@@ -169,7 +169,9 @@ class Pruner:
         masks = self._select(sparsity, max(0.0, swap), step)
         self._set_masks(masks)
         apply_masks_(self.targets, masks, self.optimizer)
-        flipped = self.num_pruned if before is None else sum(int((a ^ b).sum()) for a, b in zip(before, masks))
+        flipped = (
+            self.num_pruned if before is None else sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks))
+        )
         self.changed = flipped / self.num_weights
         return True
 
@@ -198,7 +200,7 @@ class Pruner:
 
     def _growth(self, pool: list[int], step: int) -> list[Tensor]:
         return [
-            self.targets[index].to_rows(self.statistics.read("gradient_square", index, self.optimizer, step))
+            self.targets[index].to_rows(self.statistics.read("gradient_square", index, self.optimizer, step)).clone()
             for index in pool
         ]
 

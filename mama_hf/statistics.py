@@ -128,7 +128,8 @@ class Statistics:
 
     def read(self, name: str, index: int, optimizer: torch.optim.Optimizer | None, step: int) -> Tensor:
         """
-        A statistic of target `index`, fp32, of the weight's shape (`input_norm`: broadcastable to it).
+        A statistic of target `index`, fp32, of the weight's shape (`input_norm`: broadcastable to it). It may be the
+        accumulator itself, or Adam's: not to be changed.
 
         Args:
             optimizer (`torch.optim.Optimizer`, *optional*): whose `exp_avg_sq` is read.
@@ -142,11 +143,11 @@ class Statistics:
         if accumulator is None:
             assert optimizer is not None, "Adam's state is read through the optimizer"
             state = optimizer.state.get(target.parameter, {})
-            return state["exp_avg_sq"].clone() if "exp_avg_sq" in state else torch.zeros_like(target.weight)
+            return state["exp_avg_sq"] if "exp_avg_sq" in state else torch.zeros_like(target.weight)
         if name == "input_norm":
             norm = (accumulator + self._pending[index]).sqrt_()
             return norm if target.input_dim == -1 else norm.unsqueeze(-1)
-        return accumulator.clone()
+        return accumulator
 
     def attach(self, model: nn.Module) -> None:
         """Register the forward hooks of "input_norm". Padding tokens, evaluation and generation don't count."""
