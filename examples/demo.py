@@ -67,7 +67,7 @@ def post_train(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(OneLineProgress(name))
     trainer.train()
-    return model, [entry for entry in trainer.state.log_history if "reward" in entry]
+    return model, [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 class OneLineProgress(ProgressCallback):
@@ -82,7 +82,7 @@ class OneLineProgress(ProgressCallback):
         self.training_bar.set_description(f"GRPO, {self.name:9}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "reward" in logs:
+        if logs and "loss" in logs:  # the closing log has no sparsity
             sparsity = float(logs.get("pruning/sparsity", 0.0))
             self.training_bar.set_postfix_str(f"reward {float(logs['reward']):.2f}, sparsity {sparsity:.2f}")
 

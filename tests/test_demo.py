@@ -15,7 +15,8 @@ def test_a_short_demo_writes_its_results_model_and_plot(tmp_path):
         assert abs(results[name]["sparsity"] - 0.8) < 1e-4
         assert 0 <= results[name]["accuracy"] <= 1
     assert "sparsity" not in results["dense"]
-    assert Image.open(tmp_path / "pruning.png").size[0] > 600
+    with Image.open(tmp_path / "pruning.png") as image:
+        assert image.size[0] > 600
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert mix6.greedy_accuracy(model, tokenizer) == results["mama"]["accuracy"]
