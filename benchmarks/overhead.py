@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --dataset train.txt    # any text will do; the licence if not given
 
 Each run is a process of its own. Plain and pruned runs alternate, and ratios are taken pair by pair: of the wall time,
-of the CPU time (the fairer one on a shared machine) and of the peak memory. Masks change every second step between 10 %
-and 70 % of the run, and count in the time.
+of the CPU time (the fairer one on a shared machine) and of the peak memory. Masks change every second step between a
+tenth and seven tenths of the run, and count in the time.
 """
 
 import argparse
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pairs.append(pair)
         plain, pruned = pair["plain"], pair["pruned"]
         print(
-            f"pair {index + 1}/{args.pairs}, plain and pruned: {plain['seconds']:.1f} s and {pruned['seconds']:.1f} s, "
+            f"pair {index + 1}/{args.pairs}, plain and pruned: "
+            f"{plain['seconds']:.1f} s and {pruned['seconds']:.1f} s, "
             f"CPU {plain['cpu_seconds']:.1f} s and {pruned['cpu_seconds']:.1f} s, "
             f"{plain['peak_bytes'] / 1e9:.2f} GB and {pruned['peak_bytes'] / 1e9:.2f} GB",
             flush=True,
