@@ -72,18 +72,23 @@ def keep_top_jointly(
     total = sum(score.numel() for score in scores)
     if num_keep <= 0 or num_keep >= total:
         return [torch.full_like(score, num_keep > 0, dtype=torch.bool) for score in scores]
+    scores = [score.contiguous() for score in scores]
     low, high = _bracket(scores, num_keep)
     masks, inside, num_open = _between(scores, low, high, num_keep)
-    if not 0 < num_open <= _count(inside):  # the sample misled
+    if not 0 < num_open <= sum(map(len, inside)):  # the sample misled
         masks, inside, num_open = _between(scores, -math.inf, math.inf, num_keep)
-    values = _join([score[part] for score, part in zip(scores, inside)])
-    kept = _keep_in_vector(
-        values,
-        num_open,
-        lambda: None if magnitudes is None else _join([value[part] for value, part in zip(magnitudes, inside)]),
-    )
-    for mask, part, chosen in zip(masks, inside, kept.split([_count([part]) for part in inside])):
-        mask.masked_scatter_(part, chosen.to(mask.device))
+    sizes = [len(part) for part in inside]
+
+    def magnitudes_of(ties: Tensor) -> Tensor | None:
+        if magnitudes is None:
+            return None
+        parts = [part[tie.to(part.device)] for part, tie in zip(inside, ties.split(sizes))]
+        return _join([value.reshape(-1)[part].abs().float() for value, part in zip(magnitudes, parts)])
+
+    values = _join([score.view(-1)[part] for score, part in zip(scores, inside)])
+    kept = _keep_in_vector(values, num_open, magnitudes_of).split(sizes)
+    for mask, part, chosen in zip(masks, inside, kept):
+        mask.view(-1)[part] = chosen.to(mask.device)
     return masks
 
 
@@ -234,24 +239,24 @@ def _bracket(scores: Sequence[Tensor], k: int) -> tuple[float, float]:
 def _between(
     scores: Sequence[Tensor], low: float, high: float, num_keep: int
 ) -> tuple[list[Tensor], list[Tensor], int]:
-    """(entries above, entries between the bounds, how many of those between are kept)."""
+    """(masks of the entries above, flat positions of those between the bounds, how many of these are kept)."""
     above = [score > high for score in scores]
-    inside = [(score >= low).logical_xor_(mask) for score, mask in zip(scores, above)]
+    inside = [(score >= low).logical_xor_(mask).view(-1).nonzero().squeeze(1) for score, mask in zip(scores, above)]
     return above, inside, num_keep - _count(above)
 
 
-def _keep_in_vector(values: Tensor, num_keep: int, magnitudes: Callable[[], Tensor | None]) -> Tensor:
+def _keep_in_vector(values: Tensor, num_keep: int, magnitudes_of: Callable[[Tensor], Tensor | None]) -> Tensor:
     """Mask of the `num_keep` largest of `values` [N]; ties go to the larger magnitude, then to the earlier one."""
     threshold = values.kthvalue(values.numel() - num_keep + 1).values
     kept, ties = values > threshold, values == threshold
     num_open = num_keep - int(kept.count_nonzero())
     if int(ties.count_nonzero()) == num_open:
         return kept | ties
-    sizes = magnitudes()
+    sizes = magnitudes_of(ties)
     if sizes is None:
         kept[ties.nonzero().squeeze(1)[:num_open]] = True
     else:
-        kept[ties] = _keep_in_vector(sizes[ties].abs().float(), num_open, lambda: None)
+        kept[ties] = _keep_in_vector(sizes, num_open, lambda _: None)
     return kept
 
 
