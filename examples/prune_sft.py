@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros; 0: dense fine-tuning")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--window", type=int, default=256, help="tokens of a training example")
     parser.add_argument("--eval-window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--num-eval-windows", type=int, default=8)
