@@ -107,9 +107,7 @@ class Pruner:
         """Whether the zeros that are there make up the N:M pattern, if one is asked for."""
         if self.config.n_of_m is None:
             return True
-        kept, group = self.config.n_of_m
-        rows = (target.to_rows(target.weight) for target in self.targets)
-        return all(int((weight.reshape(-1, group) != 0).sum(dim=1).max()) <= kept for weight in rows)
+        return all(target.keeps_to(target.weight, *self.config.n_of_m) for target in self.targets)
 
     @property
     def sparsity(self) -> float:

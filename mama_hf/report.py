@@ -164,15 +164,14 @@ def _describe(tensor: Tensor, target: Target | None) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "target": target is not None,
-        "n_of_m": None if target is None else _pattern(target.to_rows(tensor)),
+        "n_of_m": None if target is None else _pattern(target, tensor),
     }
 
 
-def _pattern(rows: Tensor) -> str | None:
-    """The strictest of the usual N:M patterns that rows [O, I] keep to."""
+def _pattern(target: Target, tensor: Tensor) -> str | None:
+    """The strictest of the usual N:M patterns that the weight keeps to."""
     for kept, group in _PATTERNS:
-        fits = rows.shape[1] % group == 0
-        if fits and int((rows.reshape(-1, group) != 0).sum(dim=1).max()) <= kept:
+        if target.num_inputs % group == 0 and target.keeps_to(tensor, kept, group):
             return f"{kept}:{group}"
     return None
 

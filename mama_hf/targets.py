@@ -78,6 +78,10 @@ class Target:
         """A tensor of the parameter's shape as [E * O, I]: a view where the layout allows it."""
         return tensor.movedim(self.input_dim, -1).reshape(-1, self.num_inputs)
 
+    def keeps_to(self, tensor: Tensor, num_keep: int, group: int) -> bool:
+        """Whether each `group` of neighbours along I, of which I is a multiple, has at most `num_keep` non-zeros."""
+        return int((self.to_rows(tensor).reshape(-1, group) != 0).sum(dim=1).max()) <= num_keep
+
     def from_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `to_rows`, contiguous."""
         shape = self.parameter.movedim(self.input_dim, -1).shape
