@@ -7,15 +7,15 @@ For example, with half of the weights gone at the end, anywhere or two of each f
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from mama_hf import MamaPruningCallback, MamaPruningConfig, sparsity_report
+from mama_hf.evaluation import perplexity
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -42,17 +42,6 @@ def load_text(dataset: str, config: str | None) -> str:
     if dataset.endswith(".txt"):
         return Path(dataset).read_text(encoding="utf-8")
     return "\n".join(load_dataset(dataset, config, split="train")["text"])
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int, num_windows: int) -> float:
-    """exp(mean token NLL) over `num_windows` windows, evenly spaced over the token `ids` [T]."""
-    model.eval()
-    nll = []
-    for start in torch.linspace(0, len(ids) - window, num_windows).long().tolist():
-        batch = ids[None, start : start + window].to(model.device)
-        nll.append(model(input_ids=batch, labels=batch).loss.item())
-    return math.exp(sum(nll) / num_windows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -83,12 +72,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     results: dict[str, float] = {}
     if args.eval_file:
         text = args.eval_file.read_text(encoding="utf-8")
-        eval_ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-        results["perplexity_before"] = perplexity(model, eval_ids, args.eval_window, args.num_eval_windows)
+        windows = {"window": args.eval_window, "num_windows": args.num_eval_windows}
+        results["perplexity_before"] = perplexity(model, tokenizer, text, **windows)["perplexity"]
     results["loss"] = trainer.train().training_loss
     trainer.save_model()
     if args.eval_file:
-        results["perplexity_after"] = perplexity(model, eval_ids, args.eval_window, args.num_eval_windows)
+        results["perplexity_after"] = perplexity(model, tokenizer, text, **windows)["perplexity"]
     report = sparsity_report(model)
     results["sparsity"] = report["targets"]["sparsity"]
     print(results, report["total"], sep="\n")
