@@ -3,14 +3,16 @@
     python benchmarks/oneshot.py --data DIR --methods mama sparsegpt wanda --levels 0.5 0.7 2:4
 
 DIR holds `valid.txt` (calibration: 16 windows of 512 tokens at random offsets, seed 0) and `test.txt` (evaluation: 8
-windows of 512, evenly spaced). Results are merged into --output after each run, and drawn beside it. Times are of
-`prune_model` alone; `cpu_seconds`, of the process, is the fair one where other work shares the machine. The peak
-memory is the process's own, so that it needs one method and one level a call.
+windows of 512, evenly spaced). Outside the calibration's domain, 4 windows of 512 of the licence and of the standard
+library's `argparse.py` are evaluated. Each result is merged into --output at once, and all are drawn beside it; what is
+there already is not measured again. Times are of `prune_model` alone; `cpu_seconds`, of the process, is the fair one
+where other work shares the machine. The peak of the resident memory is measured over `prune_model` (Linux), less what
+was resident before.
 """
 
 import argparse
+import inspect
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -19,22 +21,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mama_hf import MamaPruningConfig, calibration_windows, prune_model
-from mama_hf.evaluation import multiple_choice, perplexity
+from mama_hf.evaluation import generate_samples, multiple_choice, perplexity
 
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS: dict[str, dict[str, str]] = {
     "mama": {"criterion": "mama", "move_values": "least_squares"},
     "mama-owl": {"criterion": "mama", "move_values": "least_squares", "allocation": "owl"},
     "sparsegpt": {"criterion": "sparsegpt"},
     "wanda": {"criterion": "wanda"},
+    "wanda-owl": {"criterion": "wanda", "allocation": "owl"},
     "wanda-least-squares": {"criterion": "wanda", "move_values": "least_squares"},
     "magnitude": {"criterion": "magnitude", "scope": "layer"},
     "magnitude-row": {"criterion": "magnitude", "scope": "row"},
     "magnitude-mean": {"criterion": "magnitude", "scope": "row", "move_values": "mean"},
+    "magnitude-bias": {"criterion": "magnitude", "scope": "row", "move_values": "bias"},
 }
 
 
-def recipe_of(method: str, level: str, scope: str | None) -> MamaPruningConfig:
+def recipe_of(method: str, level: str, scope: str | None = None) -> MamaPruningConfig:
     settings: dict[str, Any] = dict(METHODS[method])
     if scope is not None:
         settings["scope"] = scope
@@ -47,18 +52,41 @@ def recipe_of(method: str, level: str, scope: str | None) -> MamaPruningConfig:
 
 def measure(args: argparse.Namespace, tokenizer: Any, method: str, level: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    result: dict[str, Any] = {}
-    if method != "dense":
-        windows = calibration_windows((args.data / "valid.txt").read_text(encoding="utf-8"), tokenizer, 16, 512)
-        start, cpu = time.perf_counter(), time.process_time()
-        report = prune_model(model, recipe_of(method, level, args.scope), windows, iterations=args.iterations)
-        result["seconds"] = time.perf_counter() - start
-        result["cpu_seconds"] = time.process_time() - cpu
-        result["solver_seconds"] = report.seconds
-        result["sparsity"] = report.sparsity
-        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {} if method == "dense" else prune(args, model, tokenizer, recipe_of(method, level, args.scope))
+    result |= evaluate(args, model, tokenizer)
+    if args.save:
+        model.save_pretrained(args.save / f"{method}-{level}")
+        tokenizer.save_pretrained(args.save / f"{method}-{level}")
+    return result
+
+
+def prune(args: argparse.Namespace, model: Any, tokenizer: Any, recipe: MamaPruningConfig) -> dict[str, Any]:
+    text = (args.data / "valid.txt").read_text(encoding="utf-8")
+    windows = calibration_windows(text, tokenizer, 16, 512, args.seed)
+    if recipe.criterion == "magnitude" and recipe.move_values in ("none", "mean"):
+        windows = [windows[0][:, :16]]  # weights alone decide
+    reset_peak()
+    resident, start, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    report = prune_model(model, recipe, windows, iterations=args.iterations)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "solver_seconds": report.seconds,
+        "sparsity": report.sparsity,
+        "peak_bytes": status_bytes("VmHWM") - resident,
+        "resident_bytes": resident,
+    }
+
+
+def evaluate(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     text = (args.data / "test.txt").read_text(encoding="utf-8")
-    result["perplexity"] = perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]
+    result: dict[str, Any] = {"perplexity": perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]}
+    others = {"licence": ROOT / "LICENSE", "python": Path(str(inspect.getsourcefile(argparse)))}
+    result["other_perplexity"] = {
+        name: perplexity(model, tokenizer, path.read_text(encoding="utf-8"), 512, num_windows=4)["perplexity"]
+        for name, path in others.items()
+    }
+    result["sample"] = generate_samples(model, tokenizer, ["University is"], max_new_tokens=16)[0]
     if args.arc:
         lines = args.arc.read_text(encoding="utf-8").splitlines()[: args.arc_items]
         scores = multiple_choice(model, tokenizer, [arc_item(json.loads(line)) for line in lines])
@@ -66,9 +94,33 @@ def measure(args: argparse.Namespace, tokenizer: Any, method: str, level: str) -
     return result
 
 
+def reset_peak() -> None:
+    """Let the kernel count this process's peak of resident memory from now on."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status_bytes(field: str) -> int:
+    """A size of this process: "VmRSS" (resident now) or "VmHWM" (its peak)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def arc_item(row: dict[str, Any]) -> dict[str, Any]:
     """A line of ARC as lm-evaluation-harness puts it."""
     return {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "answer": row["label"]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write(path: Path, name: str, key: str, row: dict[str, Any]) -> None:
+    """Merge one result into the file, which another run may have added to meanwhile."""
+    results = read(path)
+    results.setdefault(name, {})[key] = row
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -104,21 +156,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--scope", choices=("layer", "row"))
     parser.add_argument("--arc", type=Path, help="arc_easy_test.jsonl, for the accuracy on it")
     parser.add_argument("--arc-items", type=int, help="only the first so many items")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
+    parser.add_argument("--save", type=Path, help="folder to save the pruned models to")
     parser.add_argument("--suffix", default="", help="added to the methods' names in the results")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/oneshot.json"))
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    results: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for level in args.levels:
         for method in args.methods:
             name, key = method + args.suffix, "0" if method == "dense" else level
-            if key in results.get(name, {}) and method == "dense":
+            if key in read(args.output).get(name, {}):
                 continue
             row = measure(args, tokenizer, method, level)
-            results.setdefault(name, {})[key] = row
             print(f"{name} {key}: perplexity {row['perplexity']:.2f}, {row.get('cpu_seconds', 0):.0f} s", flush=True)
-            args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write(args.output, name, key, row)
+    results = read(args.output)
     draw(results, args.output.with_suffix(".png"))
     return results
 

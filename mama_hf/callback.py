@@ -67,7 +67,7 @@ class MamaPruningCallback(TrainerCallback):
         _check_best_model(args, state, self.pruner)
         if state.global_step > 0:
             load_state(self.pruner, self._resume_folder(args, state), state.global_step)
-        self.pruner.statistics.attach(model)
+        self.pruner.attach(model)
         save_recipe_with(model)
         describe(model, self.config, self.pruner.sparsity)
 
@@ -124,7 +124,7 @@ class MamaPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         pruner = self._running()
-        pruner.statistics.detach()
+        pruner.detach()
         if pruner.has_adapters:
             logger.warning(
                 "The model is sparse in the sum of base and adapter: serve model.merge_and_unload(). The adapter by "

@@ -200,10 +200,11 @@ class Engine:
         return rows
 
     def _finish(self, inputs: Inputs, index: int) -> None:
-        try:
-            inputs.finish()
-        except ValueError as error:
-            raise ValueError(f"{self.name}.{index}: {error}. The model is left as it was.") from error
+        inputs.finish()
+        if not inputs.is_finite:
+            raise ValueError(
+                f"{self.name}.{index}: the calibration activations are NaN or infinite. The model is left as it was."
+            )
 
     def _rows(self, module: nn.Module) -> Tensor:
         target = self.targets[module]

@@ -1,16 +1,20 @@
 """How good a model is, in numbers: perplexity of a text, multiple-choice accuracy, and what it writes.
 
-Shapes: B = sequences, T = tokens.
+Shapes: B = sequences, T = tokens, C = contexts, R = continuations, V = vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import datasets
+import evaluate
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 
 @torch.no_grad()
@@ -54,6 +58,27 @@ def perplexity(
         count += values.numel()
     model.train(training)
     return {"perplexity": math.exp(min(total / count, 700.0)), "nll": total / count, "num_tokens": count}
+
+
+class Perplexity(evaluate.Metric):
+    """
+    [`perplexity`] as a metric of the `evaluate` library:
+    `Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, window=512)`.
+
+    The texts are joined by blank lines, and each token counts the same. `compute` takes the other arguments of
+    [`perplexity`] by name, and returns what that returns.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Token-weighted perplexity of a causal language model on the texts in `predictions`.",
+            citation="",
+            inputs_description="predictions: texts. model, tokenizer, window, stride, num_windows: see perplexity.",
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions: Sequence[str], **kwargs: Any) -> dict[str, float]:
+        return perplexity(text=predictions, **kwargs)
 
 
 def _spans(length: int, window: int, stride: int, num_windows: int | None) -> list[tuple[int, int, int]]:
@@ -103,7 +128,8 @@ def multiple_choice(
         normalize (`str`, *optional*, defaults to `"characters"`):
             what `acc_norm` divides a choice's log-likelihood by: its length in characters (the harness's `acc_norm`)
             or in tokens.
-        batch_size (`int`, *optional*, defaults to 16): choices in one forward pass; they are sorted by length.
+        batch_size (`int`, *optional*, defaults to 16):
+            choices in one forward pass. They are sorted by length; a context is computed once for all of its choices.
 
     Returns:
         `dict`: `acc`, `acc_stderr`, `acc_norm`, `acc_norm_stderr`, `num_items`, and the picks `predictions` and
@@ -135,37 +161,84 @@ def multiple_choice(
     }
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[tuple[int, ...], list[int]]:
     """Ids of the context and of what follows, split as lm-evaluation-harness splits them."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     whole = tokenizer(context + continuation)["input_ids"]
     first = tokenizer(context)["input_ids"]
-    return whole[: len(first)], whole[len(first) :]
+    if first:
+        return tuple(whole[: len(first)]), whole[len(first) :]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("An empty context needs a tokenizer with a bos or eos token to start from.")
+    return (start,), whole
 
 
 def _score_requests(
-    model: PreTrainedModel, requests: Sequence[tuple[list[int], list[int]]], batch_size: int, progress: bool
+    model: PreTrainedModel,
+    requests: Sequence[tuple[tuple[int, ...], list[int]]],
+    batch_size: int,
+    progress: bool,
 ) -> list[float]:
-    """Sum of log p of each continuation after its context."""
-    order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index])))
+    """Sum of log p of each continuation after its context. Continuations of one context share its forward pass."""
+    owned: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(requests):
+        owned.setdefault(context, []).append(index)
     scores = [0.0] * len(requests)
     training = model.training
     model.eval()
-    for begin in tqdm(range(0, len(order), batch_size), "multiple choice", disable=not progress):
-        members = order[begin : begin + batch_size]
-        rows = [torch.tensor(requests[index][0] + requests[index][1]) for index in members]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padding is to the right: it changes nothing
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for place, index in enumerate(members):
-            stop, size = len(rows[place]), len(requests[index][1])
-            span = logits[place : place + 1, stop - size - 1 : stop - 1]
-            scores[index] = float(_log_likelihoods(span, ids[place : place + 1, stop - size : stop]).sum())
+    bar = tqdm(total=len(requests), desc="multiple choice", disable=not progress)
+    for contexts in _batches(owned, batch_size):
+        members = [index for context in contexts for index in owned[context]]
+        owners = [place for place, context in enumerate(contexts) for _ in owned[context]]
+        rows = [torch.tensor(requests[index][1], device=model.device) for index in members]
+        values = _score_batch(model, torch.tensor(contexts, device=model.device), owners, rows)
+        for index, value in zip(members, values.tolist()):
+            scores[index] = value
+        bar.update(len(members))
+    bar.close()
     model.train(training)
     return scores
+
+
+def _batches(owned: Mapping[tuple[int, ...], list[int]], batch_size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Contexts of one length (so that none needs padding), with `batch_size` continuations or a few more."""
+    batch: list[tuple[int, ...]] = []
+    count = 0
+    for context in sorted(owned, key=len, reverse=True):
+        if batch and (len(context) != len(batch[0]) or count >= batch_size):
+            yield batch
+            batch, count = [], 0
+        batch.append(context)
+        count += len(owned[context])
+    yield batch
+
+
+def _score_batch(model: PreTrainedModel, contexts: Tensor, owners: list[int], rows: list[Tensor]) -> Tensor:
+    """
+    Sum of log p [R] of continuations after their contexts.
+
+    Args:
+        contexts (`torch.Tensor` of shape [C, T]): ids.
+        owners (`list[int]`): the context of each continuation.
+        rows (`list[torch.Tensor]`): R continuations, ids.
+    """
+    ids = pad_sequence(rows, batch_first=True)  # padding is to the right: it changes nothing before it
+    counted = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    place = torch.tensor(owners, device=ids.device)
+    output = model(input_ids=contexts, use_cache=True)
+    logits, cache = output.logits[place, -1:], output.get("cache")
+    can_share = isinstance(cache, Cache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    if ids.shape[1] > 1 and can_share:
+        cache.batch_select_indices(place)
+        rest = model(input_ids=ids[:, :-1], cache=cache, use_cache=True).logits
+        logits = torch.cat([logits, rest], dim=1)
+    elif ids.shape[1] > 1:  # a recurrent state can't be handed from a context to several continuations
+        whole = torch.cat([contexts[place], ids[:, :-1]], dim=1)
+        logits = model(input_ids=whole, use_cache=False).logits[:, contexts.shape[1] - 1 :]
+    return (_log_likelihoods(logits, ids) * counted).sum(dim=1)
 
 
 def _accuracy(name: str, picks: list[int], answers: list[int]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .config import MamaPruningConfig
 from .criteria import CRITERIA, score
 from .masks import select
+from .moving import COLLECT_STEPS, ValueMover
 from .schedule import resolve_schedule
 from .statistics import DEFAULT_EMA_DECAY, Statistics
 from .targets import LoraTarget, find_targets
@@ -61,12 +62,14 @@ class Pruner:
             adam=self._adam_serves(),
             seed=seed,
         )
+        self.mover = ValueMover(self.targets, config.move_values)
         self.masks: list[Tensor] | None = None
         self.has_signal, self._is_fresh = True, False
         self.num_pruned = 0
         self.changed = 0.0
         self.num_weights = sum(target.parameter.numel() for target in self.targets)
         self._is_held = self._hold_what_is_sparse()
+        self.mover.is_collecting = self._is_update_near(0)
 
     def _needs_growth_score(self) -> bool:
         return self.config.regrowth > 0 and "gradient_square" not in self.criterion.statistics
@@ -127,10 +130,21 @@ class Pruner:
         """What the schedule asks for after `step`."""
         return self.sparsity if self._is_held else self.schedule.sparsity(step)
 
+    def attach(self, model: nn.Module) -> None:
+        """Register the forward hooks that statistics and value moving need."""
+        self.statistics.attach(model)
+        self.mover.attach(model)
+
+    def detach(self) -> None:
+        """Remove them."""
+        self.statistics.detach()
+        self.mover.detach()
+
     def observe(self) -> None:
         """Gradients are complete and the optimizer has not run: collect the statistics."""
         if self._is_held:
             return
+        self.mover.observe()
         if self.has_signal:
             self.statistics.observe()
         else:
@@ -157,6 +171,7 @@ class Pruner:
     @torch.no_grad()
     def update(self, step: int) -> bool:
         """Change the masks if `step` is one to do so. Returns whether they changed."""
+        self.mover.is_collecting = self._is_update_near(step)
         if self._is_held or not self.schedule.is_update(step):
             return False
         sparsity = self.schedule.sparsity(step)
@@ -166,12 +181,17 @@ class Pruner:
         swap = self.config.regrowth * (self.schedule.end - step) / max(1, self.schedule.end - self.schedule.start)
         masks = self._select(sparsity, max(0.0, swap), step)
         self._set_masks(masks)
+        self.mover.move_(masks, self.statistics.accumulators.get("initial_weight"))
         apply_masks_(self.targets, masks, self.optimizer)
         flipped = (
             self.num_pruned if before is None else sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks))
         )
         self.changed = flipped / self.num_weights
         return True
+
+    def _is_update_near(self, step: int) -> bool:
+        """Whether the inputs of the step after `step` count for the next mask update."""
+        return not self._is_held and any(self.schedule.is_update(step + 1 + ahead) for ahead in range(COLLECT_STEPS))
 
     def _select(self, sparsity: float, swap: float, step: int) -> list[Tensor]:
         """Masks at `sparsity`; with global scope in one go, else target by target, to hold one score at a time."""
@@ -211,7 +231,13 @@ class Pruner:
         tensors = {f"statistics.{key}": value for key, value in self.statistics.state_dict().items()}
         if self.masks is not None:
             tensors |= {f"mask.{target.name}": mask for target, mask in zip(self.targets, self.masks)}
-        values = {"changed": self.changed, "has_signal": self.has_signal, "is_held": self._is_held}
+        tensors |= {f"moving.{key}": value for key, value in self.mover.state_dict().items()}
+        values = {
+            "changed": self.changed,
+            "has_signal": self.has_signal,
+            "is_held": self._is_held,
+            "is_collecting": self.mover.is_collecting,
+        }
         return tensors, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -221,9 +247,8 @@ class Pruner:
         Raises:
             `KeyError`: if a tensor is missing, or there is a mask of a weight that is no target; its name says which.
         """
-        prefix = "statistics."
-        statistics = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        self.statistics.load_state_dict(statistics)
+        self.statistics.load_state_dict(_below("statistics.", tensors))
+        self.mover.load_state_dict(_below("moving.", tensors))
         self.masks, self.num_pruned = None, 0
         found, names = {key for key in tensors if key.startswith("mask.")}, [f"mask.{t.name}" for t in self.targets]
         if found - set(names):
@@ -231,8 +256,13 @@ class Pruner:
         if found:
             self._set_masks([tensors[name].to(t.parameter.device) for name, t in zip(names, self.targets)])
         self.changed, self.has_signal = values["changed"], values["has_signal"]
-        self._is_held = values["is_held"]
+        self._is_held, self.mover.is_collecting = values["is_held"], values["is_collecting"]
         self.hold()
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _check_trainable(config: MamaPruningConfig) -> None:
@@ -240,7 +270,6 @@ def _check_trainable(config: MamaPruningConfig) -> None:
     one_shot_only = {
         "criterion": (config.criterion == "sparsegpt", '"mama" or another key of CRITERIA'),
         "allocation": (config.allocation != "uniform", '"uniform", or scope="global" to let layers differ'),
-        "move_values": (config.move_values != "none", '"none"'),
     }
     for name, (asked, instead) in one_shot_only.items():
         if asked:

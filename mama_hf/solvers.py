@@ -36,29 +36,37 @@ class Inputs:
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.gram = torch.zeros(num_inputs, num_inputs, device=device)
         self.total = torch.zeros(num_inputs, device=device)
-        self.num_tokens = 0
+        self.num_tokens: int | Tensor = 0
         self._system: System | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Take in the inputs x [T, I], fp32. Only the upper blocks of x^T x are computed."""
+    def add(self, x: Tensor, num_tokens: int | Tensor | None = None) -> None:
+        """
+        Take in the inputs x [T, I], fp32. Only the upper blocks of x^T x are computed.
+
+        Args:
+            num_tokens (`int` or `torch.Tensor`, *optional*): how many of the T rows are tokens; the others are zero.
+        """
         for start in range(0, x.shape[1], _GRAM_BLOCK):
             stop = start + _GRAM_BLOCK
             self.gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         self.total += x.sum(dim=0)
-        self.num_tokens += x.shape[0]
+        self.num_tokens = self.num_tokens + (x.shape[0] if num_tokens is None else num_tokens)
 
     def finish(self) -> None:
-        """Complete the lower blocks. Raises `ValueError` for NaN or infinite inputs."""
+        """Complete the lower blocks."""
         for start in range(_GRAM_BLOCK, self.gram.shape[0], _GRAM_BLOCK):
             stop = start + _GRAM_BLOCK
             self.gram[start:stop, :start] = self.gram[:start, start:stop].T
-        if not bool(torch.isfinite(self.gram.sum())):
-            raise ValueError("the calibration activations are NaN or infinite")
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input was NaN or infinite."""
+        return bool(torch.isfinite(self.gram.sum()))
 
     @property
     def mean(self) -> Tensor:
         """E[x] [I]."""
-        return self.total / max(1, self.num_tokens)
+        return self.total / torch.as_tensor(self.num_tokens, device=self.total.device).clamp(min=1)
 
     @property
     def system(self) -> "System":

@@ -7,12 +7,12 @@ without a signal (zero gradient) or with a non-finite one leaves them as they we
 Shapes: I = in, T = tokens.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .inputs import InputHooks
 from .targets import LoraTarget, Target
 
 
@@ -69,8 +69,7 @@ class Statistics:
         self._pending = [
             torch.zeros_like(values) for values in self.accumulators.get("input_norm", []) if values is not None
         ]
-        self._hooks: list[Any] = []
-        self._attention_mask: Tensor | None = None
+        self._hooks = InputHooks(self.targets, self._add_input)
 
     def _zeros(self, target: Target, name: str) -> Tensor | None:
         if name == "gradient_square" and self.read_adam and not isinstance(target, LoraTarget):
@@ -112,7 +111,7 @@ class Statistics:
         """Add the inputs of this step, of all ranks: each rank holds the same sums, so that any may save them."""
         if not self._pending:
             return
-        seen = _sum_over_ranks(torch.cat([pending.to(self._pending[0].device) for pending in self._pending]))
+        seen = sum_over_ranks(torch.cat([pending.to(self._pending[0].device) for pending in self._pending]))
         parts = seen.split([pending.numel() for pending in self._pending])
         for total, pending, part in zip(self.accumulators["input_norm"], self._pending, parts):
             assert total is not None
@@ -151,37 +150,15 @@ class Statistics:
 
     def attach(self, model: nn.Module) -> None:
         """Register the forward hooks of "input_norm". Padding tokens, evaluation and generation don't count."""
-        if "input_norm" not in self.names:
-            return
-        self._hooks.append(model.register_forward_pre_hook(self._see_attention_mask, with_kwargs=True))
-        for index, target in enumerate(self.targets):
-            self._hooks.append(target.module.register_forward_pre_hook(self._input_hook(index)))
+        if "input_norm" in self.names:
+            self._hooks.attach(model)
 
     def detach(self) -> None:
         """Remove the hooks."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        self._attention_mask = None
+        self._hooks.detach()
 
-    def _see_attention_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        self._attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-    def _input_hook(self, index: int) -> Callable[[nn.Module, tuple], None]:
-        pending = self._pending
-
-        def add_input(module: nn.Module, args: tuple) -> None:
-            if not (module.training and torch.is_grad_enabled()):
-                return
-            with torch.no_grad():
-                inputs = args[0]
-                squares = inputs.float().square()
-                mask = self._attention_mask
-                if mask is not None and inputs.shape[:-1] == mask.shape:
-                    squares *= mask.unsqueeze(-1)
-                pending[index] += squares.reshape(-1, inputs.shape[-1]).sum(dim=0)
-
-        return add_input
+    def _add_input(self, index: int, x: Tensor) -> None:
+        self._pending[index] += self._hooks.rows(x)[0].square().sum(dim=0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name; what Adam's own state holds is in the optimizer's checkpoint."""
@@ -207,7 +184,8 @@ def _norm(gradient: Tensor | None) -> Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).float()
 
 
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place; with one process, the tensor."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor

@@ -887,6 +887,8 @@ RESUMABLE: dict[str, dict[str, Any]] = {
     "regrowth-adam": {"regrowth": 0.2},
     "regrowth-fisher": {"criterion": "fisher", "regrowth": 0.2, "scope": "layer"},
     "2of4": {"granularity": "2:4", "final_sparsity": 0.5},
+    "least-squares": {"move_values": "least_squares"},
+    "displacement-least-squares": {"move_values": "least_squares", "criterion": "displacement", "update_every": 3},
 }
 SAVING = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.01}
 
@@ -1059,6 +1061,7 @@ def test_two_processes_agree(tiny_llama: LlamaForCausalLM, make_dataset: Callabl
         "taylor": recipe(criterion="taylor", regrowth=0.1),
         "wanda": recipe(criterion="wanda", end=8),
         "random": recipe(criterion="random"),
+        "moved": recipe(move_values="least_squares", start=3, update_every=3),
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from mama_hf.calibration import calibration_windows
-from mama_hf.evaluation import generate_samples, multiple_choice, perplexity
+from mama_hf.evaluation import Perplexity, generate_samples, multiple_choice, perplexity
 
 
 WORDS = ["<pad>", "<unk>"] + [f"w{index}" for index in range(40)] + ["Question:", "Answer:"]
@@ -107,6 +107,48 @@ def test_multiple_choice_equals_the_sum_over_tokens(tiny_llama, tokenizer, norma
     accuracy = sum(pick == item["answer"] for pick, item in zip(picks, ITEMS)) / 9
     assert result["acc"] == pytest.approx(accuracy)
     assert result["acc_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 8))
+
+
+@pytest.mark.parametrize("name", ["tied-llama", "gpt2", "mamba"])
+def test_contexts_of_many_lengths_are_scored_as_one_by_one(make_model, tokenizer, name):
+    torch.manual_seed(0)
+    if name == "mamba":  # its state can't be handed from one context to several choices
+        config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
+        model = MambaForCausalLM(config)
+    else:
+        model = make_model(name)
+    items = [
+        {"context": " ".join(f"w{n}" for n in range(index % 4 + 1)), "choices": [f"w{index} w1 w2", "w3"], "answer": 0}
+        for index in range(10)
+    ]
+    together = multiple_choice(model, tokenizer, items, batch_size=5, progress=False)
+    apart = [multiple_choice(model, tokenizer, [item], batch_size=1, progress=False) for item in items]
+    assert together["predictions"] == [result["predictions"][0] for result in apart]
+    for item, pick in zip(items, together["predictions"]):
+        nll = []
+        for choice in item["choices"]:
+            context, ids = tokenizer(item["context"])["input_ids"], tokenizer(choice)["input_ids"]
+            whole = context + ids
+            nll.append(sum(naive_nll(model.eval(), whole[: len(context) + n + 1]) for n in range(len(ids))))
+        assert nll[pick] == min(nll)
+
+
+def test_an_empty_context_starts_from_the_first_special_token(tiny_llama, tokenizer):
+    item = {"context": "", "choices": ["w1", "w2 w3"], "answer": 0}
+    with pytest.raises(ValueError, match="bos or eos"):
+        multiple_choice(tiny_llama, tokenizer, [item], progress=False)
+    tokenizer.bos_token = "w9"
+    given = {"context": "w9", "choices": ["w1", "w2 w3"], "answer": 0}
+    results = [multiple_choice(tiny_llama, tokenizer, [one], progress=False) for one in (item, given)]
+    assert results[0] == results[1]
+
+
+def test_perplexity_is_a_metric_of_evaluate(tiny_llama, tokenizer, tmp_path):
+    metric = Perplexity(cache_dir=str(tmp_path))
+    texts = [TEXT[: TEXT.index("w36")], TEXT[TEXT.index("w36") :]]
+    settings = {"window": 16, "stride": 4, "progress": False}
+    found = metric.compute(predictions=texts, model=tiny_llama, tokenizer=tokenizer, **settings)
+    assert found == perplexity(tiny_llama, tokenizer, texts, **settings)
 
 
 def test_multiple_choice_needs_items_and_a_known_length(tiny_llama, tokenizer):

@@ -69,11 +69,12 @@ def test_inputs_are_the_sums_over_all_tokens(num_inputs):
     assert torch.equal(inputs.gram, inputs.gram.T) or num_inputs <= 384
 
 
-def test_inputs_that_are_not_finite_are_refused():
+@pytest.mark.parametrize(("value", "finite"), [(1.0, True), (float("nan"), False), (float("inf"), False)])
+def test_inputs_tell_whether_they_were_finite(value, finite):
     inputs = Inputs(4, torch.device("cpu"))
-    inputs.add(torch.tensor([[1.0, float("nan"), 0.0, 0.0]]))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        inputs.finish()
+    inputs.add(torch.tensor([[1.0, value, 0.0, 0.0]]))
+    inputs.finish()
+    assert inputs.is_finite == finite
 
 
 @pytest.mark.parametrize("shape", SHAPES)
