@@ -3,8 +3,8 @@
     pip install lm-eval
     python benchmarks/harness_check.py --items arc_easy_test.jsonl --num-items 200
 
-Each line of --items has `question`, `choices` (texts) and `label` (index of the right one), and is put as the harness's
-`arc_easy` puts it. The result is written to --output.
+Each line of --items has `question`, `choices` (texts) and `label` (index of the right one), and is put as in the
+harness's `arc_easy`. The result is written to --output.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""Calibration text: windows cut from it, and the check of what the caller hands over.
+"""Calibration text: loaded, cut into windows, and the check of what the caller hands over.
 
 Shapes: B = sequences in a batch, T = tokens in a sequence.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +18,29 @@ from transformers import PreTrainedTokenizerBase
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 Batch = dict[str, Tensor]
+
+
+def load_text(source: str | os.PathLike, config: str | None = None, split: str = "train", column: str = "text") -> str:
+    """
+    The text of a file, or of a data set's column, whose entries are joined by blank lines.
+
+    Args:
+        source (`str`): path of a file that is there, else the id of a data set on the Hub (or a folder of one).
+        config, split, column (`str`, *optional*): of the data set.
+
+    Raises:
+        `ValueError`: for a data set without that column, or a text that is empty.
+    """
+    if os.path.isfile(source):
+        text = Path(source).read_text(encoding="utf-8")
+    else:
+        rows = datasets.load_dataset(str(source), config, split=split)
+        if column not in rows.column_names:
+            raise ValueError(f"{source} has no column {column!r}; it has {', '.join(rows.column_names)}.")
+        text = "\n\n".join(rows[column])
+    if not text.strip():
+        raise ValueError(f"{source} has no text.")
+    return text
 
 
 def calibration_windows(

@@ -83,10 +83,11 @@ class Pruner:
     def _hold_what_is_sparse(self) -> bool:
         """A model that is as sparse as asked, or sparser, keeps the zeros it has: they become the masks."""
         num_zeros = sum(int((target.weight == 0).sum()) for target in self.targets)
-        asked = self._num_zeros_asked()
-        if not 0 < asked <= num_zeros or not self._has_pattern():
+        # counted as each scope rounds it, so that what another scope has pruned to this sparsity is held too
+        asked = [self._num_zeros_asked(scope) for scope in ("global", "layer", "row")]
+        if not 0 < min(asked) <= num_zeros or not self._has_pattern():
             return False
-        if num_zeros > asked:
+        if num_zeros > max(asked):
             logger.warning(
                 "The model is sparser already (%.4f of the targeted weights are zero) than the recipe asks for "
                 "(final_sparsity=%.4f). Its zeros are kept, and nothing more is pruned.",
@@ -96,13 +97,13 @@ class Pruner:
         self._set_masks([target.weight != 0 for target in self.targets])
         return True
 
-    def _num_zeros_asked(self) -> int:
-        """Zeros at the final sparsity, by the rounding of the scope."""
+    def _num_zeros_asked(self, scope: str) -> int:
+        """Zeros at the final sparsity, by the rounding of a scope."""
         sparsity, shapes = self.schedule.final_sparsity, [target.row_shape for target in self.targets]
-        if self.scope == "global":
+        if scope == "global":
             return round(sparsity * self.num_weights)
         return sum(
-            rows * round(sparsity * inputs) if self.scope == "row" else round(sparsity * rows * inputs)
+            rows * round(sparsity * inputs) if scope == "row" else round(sparsity * rows * inputs)
             for rows, inputs in shapes
         )
 

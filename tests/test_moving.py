@@ -162,5 +162,5 @@ def test_lora_is_refused(tiny_llama: LlamaForCausalLM, rule: str) -> None:
 
 def test_too_large_gram_matrices_are_refused(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moving_module, "GRAM_LIMIT_BYTES", 10_000)
-    with pytest.raises(ValueError, match="move_values='least_squares' needs more than.*prune_model"):
+    with pytest.raises(ValueError, match=r"move_values='least_squares' needs more than.*prune_model"):
         collected(tiny_llama, "least_squares", batch())

@@ -1,0 +1,134 @@
+"""The experiment of the MAMA paper on SmolLM2-135M-Instruct: perplexity and a continuation, level by level.
+
+    python benchmarks/paper_table.py --data DIR
+
+The methods of `oneshot.py` are measured by it, at the paper's levels (what --results has already is not measured
+again). Added here: inverted magnitude (the largest weights go; a sanity check), and the paper's rule as its authors'
+code has it, which zeroes the pruned weights before it sums them: its weights are checked to be magnitude pruning's,
+bit for bit. The table is written to `benchmarks/paper_table.md`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import oneshot
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mama_hf.config import MamaPruningConfig
+from mama_hf.evaluation import generate_samples, perplexity
+from mama_hf.masks import select
+from mama_hf.targets import find_targets
+
+
+LEVELS = ["0.01", "0.05", *(f"{tenth / 10:.2f}" for tenth in range(1, 10)), "0.95", "0.99", "2:4", "4:8"]
+METHODS = ["magnitude", "wanda", "sparsegpt", "mama"]
+COLUMNS = {
+    "inverted": "inverted magnitude",
+    "magnitude": "magnitude",
+    "published": "MAMA as published",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "mama": "MAMA (this package)",
+}
+
+
+def key_of(level: str) -> str:
+    """The level as `oneshot.py` writes it."""
+    return level if ":" in level else str(float(level))
+
+
+@torch.no_grad()
+def prune_by_magnitude(model: Any, level: str, sign: int) -> None:
+    """Zero each layer's smallest (sign 1) or largest (sign -1) weights."""
+    config = oneshot.recipe_of("magnitude", level)
+    for target in find_targets(model, MamaPruningConfig(), trainable_only=False):
+        rows = target.to_rows(target.weight)
+        score = sign * rows.abs()
+        mask = select([score], [score], float(config.final_sparsity), "layer", config.n_of_m)[0]
+        target.parameter.mul_(target.from_rows(mask))
+
+
+@torch.no_grad()
+def prune_as_published(model: Any, level: str) -> None:
+    """Magnitude's mask; then the pruned values, which are zero by now, are summed and spread over the kept ones."""
+    prune_by_magnitude(model, level, 1)
+    for target in find_targets(model, MamaPruningConfig(), trainable_only=False):
+        kept = target.parameter != 0
+        pruned_values = target.parameter[~kept]
+        target.parameter += pruned_values.sum() / max(1, int(kept.sum())) * kept
+
+
+def measure_own(args: argparse.Namespace, tokenizer: Any, results: dict[str, Any], level: str) -> None:
+    """The two columns that are no recipe."""
+    own, text = key_of(level), (args.data / "test.txt").read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    prune_by_magnitude(model, level, -1)
+    row = {
+        "perplexity": perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"],
+        "sample": generate_samples(model, tokenizer, ["University is"], max_new_tokens=16)[0],
+    }
+    results.setdefault("inverted", {})[own] = row
+    published = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    prune_as_published(published, level)
+    magnitude = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    prune_by_magnitude(magnitude, level, 1)
+    if not all(map(torch.equal, published.parameters(), magnitude.parameters())):
+        raise SystemExit("the published rule differs from magnitude pruning after all")
+    results.setdefault("published", {})[own] = {"equals": "magnitude"}
+
+
+def render(results: dict[str, Any]) -> str:
+    """Two tables in Markdown: perplexity, and what the model writes."""
+    heads = list(COLUMNS.values())
+    rule = "|---" * (len(heads) + 1) + "|"
+    lines = ["| level | " + " | ".join(heads) + " |", rule]
+    for level in LEVELS:
+        cells = [results["magnitude" if name == "published" else name][key_of(level)] for name in COLUMNS]
+        lines.append(f"| {level} | " + " | ".join(number(cell["perplexity"]) for cell in cells) + " |")
+    lines += [
+        "",
+        "| level | " + " | ".join(COLUMNS[name] for name in METHODS) + " |",
+        "|---" * (len(METHODS) + 1) + "|",
+    ]
+    for level in LEVELS:
+        cells = [results[name][key_of(level)]["sample"] for name in METHODS]
+        lines.append(f"| {level} | " + " | ".join(one_line(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def one_line(text: str) -> str:
+    cleaned = "".join(letter if letter.isprintable() else " " for letter in text).replace("|", "\\|").strip()
+    return cleaned[:60] or "(nothing)"
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="outputs/smollm2", help="Hub id or folder (examples/smollm2.py makes one)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with valid.txt and test.txt")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/oneshot.json"))
+    parser.add_argument("--own-results", type=Path, default=Path("benchmarks/results/paper_table.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/paper_table.md"))
+    args = parser.parse_args(argv)
+    common = ["--model", str(args.model), "--data", str(args.data), "--output", str(args.results)]
+    oneshot.main([*common, "--methods", *METHODS, "--levels", *map(key_of, LEVELS)])
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    own = oneshot.read(args.own_results)
+    for level in LEVELS:
+        if key_of(level) not in own.get("inverted", {}):
+            measure_own(args, tokenizer, own, level)
+            args.own_results.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+    table = render({**oneshot.read(args.results), **own})
+    args.output.write_text(table, encoding="utf-8")
+    print(table)
+    return table
+
+
+if __name__ == "__main__":
+    main()
