@@ -44,7 +44,7 @@ def _add_prune(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the windows' places in the text")
     recipe = parser.add_argument_group("recipe (see MamaPruningConfig)")
-    recipe.add_argument("--recipe", help="folder or file with a pruning_config.json; the options below change it")
+    recipe.add_argument("--recipe", help="folder or Hub id with a pruning_config.json, which the options below change")
     recipe.add_argument("--final-sparsity", type=float, help="fraction of zeros (default: 0.5)")
     recipe.add_argument("--criterion", help='default: "mama"')
     recipe.add_argument("--granularity", help='default: "unstructured"; "2:4" keeps 2 of 4')

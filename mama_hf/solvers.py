@@ -15,6 +15,10 @@ from torch import Tensor
 
 
 DAMPING = 0.01  # of the mean diagonal of H
+# Of each input's own diagonal entry, for moving values: new values are pulled towards the dense ones. Without it they
+# fit the calibration too closely: on SmolLM2 at 2:4, 0.3 brings the perplexity of other text of the same kind from
+# 42.3 to 38.7, and that of Python source from 171 to 66.
+RIDGE = 0.3
 # ADMM's rho, for a Gram matrix scaled to a unit diagonal. A smaller one gives smaller errors on the calibration data,
 # and a larger perplexity on other text: it fits the calibration too closely.
 PENALTY = 1.0
@@ -122,12 +126,13 @@ class System:
     Args:
         gram (`torch.Tensor` of shape [I, I]): symmetric, fp32; it is not changed.
         damping (`float`): share of the mean diagonal that is added to the diagonal. A dead input keeps that share.
+        ridge (`float`): share of its own that is added to each diagonal entry.
     """
 
-    def __init__(self, gram: Tensor, damping: float = DAMPING) -> None:
+    def __init__(self, gram: Tensor, damping: float = DAMPING, ridge: float = RIDGE) -> None:
         diagonal = gram.diagonal()
         mean = diagonal.double().mean()
-        self.damp = float(damping * mean) if mean > 0 else 1.0
+        self.damp = ridge * diagonal + (float(damping * mean) if mean > 0 else 1.0)  # [I]
         self.scale = (diagonal + self.damp).sqrt()
         self.gram = gram / self.scale.unsqueeze(1) / self.scale
         self.gram.diagonal().fill_(1.0)
@@ -196,14 +201,16 @@ def _conjugate_gradients(values: Tensor, mask: Tensor, cross: Tensor, gram: Tens
     residual = (cross - values @ gram).mul_(mask)
     direction = residual.clone()
     square = residual.square().sum(dim=1, keepdim=True)
+    rounding = torch.finfo(square.dtype)
+    solved = square * rounding.eps**2 + rounding.tiny  # no more than that is left of a solved row
     for _ in range(steps):
         product = (direction @ gram).mul_(mask)
         curvature = (direction * product).sum(dim=1, keepdim=True)
-        step = torch.where(curvature > 0, square / curvature, 0.0)
+        step = torch.where((square > solved) & (curvature > 0), square / curvature, 0.0)
         values = torch.addcmul(values, step, direction)
         residual.addcmul_(step, product, value=-1)
         previous, square = square, residual.square().sum(dim=1, keepdim=True)
-        direction.mul_(torch.where(previous > 0, square / previous, 0.0)).add_(residual)
+        direction.mul_(torch.where(previous > solved, square / previous, 0.0)).add_(residual)
     return values
 
 

@@ -10,6 +10,7 @@ from mama_hf.masks import select
 from mama_hf.solvers import (
     DAMPING,
     PENALTY,
+    RIDGE,
     Inputs,
     Moments,
     System,
@@ -92,11 +93,12 @@ def test_moments_give_the_output_error(shape):
 def naive_least_squares(weight: Tensor, mask: Tensor, x: Tensor, target: Tensor) -> Tensor:
     """Row by row: the damped normal equations of the kept inputs, solved in float64."""
     result = torch.zeros_like(weight, dtype=torch.float64)
-    damp = DAMPING * float(x.double().square().sum(dim=0).mean()) or 1.0
+    squares = x.double().square().sum(dim=0)
+    damp = RIDGE * squares + (DAMPING * float(squares.mean()) or 1.0)
     for row in range(weight.shape[0]):
         kept = mask[row].nonzero().squeeze(1)
-        system = x[:, kept].double().T @ x[:, kept].double() + damp * torch.eye(len(kept), dtype=torch.float64)
-        right = x[:, kept].double().T @ target[:, row].double() + damp * weight[row, kept].double()
+        system = x[:, kept].double().T @ x[:, kept].double() + damp[kept].diag()
+        right = x[:, kept].double().T @ target[:, row].double() + damp[kept] * weight[row, kept].double()
         result[row, kept] = torch.linalg.solve(system, right)
     return result.float()
 
@@ -153,9 +155,9 @@ def test_admm_counts_are_exact(scope, n_of_m, steps):
 def naive_admm(weight: Tensor, moments: Moments, sparsity: float, steps: int) -> tuple[Tensor, Tensor]:
     """The same algorithm with explicit matrices, in float64, one row at a time; no polish."""
     gram = moments.gram.double()
-    damp = DAMPING * float(gram.diagonal().mean())
+    damp = RIDGE * gram.diagonal() + DAMPING * float(gram.diagonal().mean())
     scale = (gram.diagonal() + damp).sqrt()
-    system = (gram + damp * torch.eye(len(gram), dtype=torch.float64)) / scale[:, None] / scale[None, :]
+    system = (gram + damp.diag()) / scale[:, None] / scale[None, :]
     right = (moments.cross.double() + damp * weight.double()) / scale
     inverse = torch.linalg.inv(system + PENALTY * torch.eye(len(gram), dtype=torch.float64))
     values, masks = torch.zeros_like(right), torch.ones_like(weight, dtype=torch.bool)

@@ -1,0 +1,76 @@
+"""What the studies on the demo task (`examples/mix6.py`) share: a pre-trained model for each seed, and a GRPO run."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from mama_hf import MamaGRPOTrainer, MamaPruningConfig
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import mix6
+
+
+STEPS, START, END = 150, 20, 110  # of a GRPO run, and of the pruning phase in it
+
+
+def prepare() -> PreTrainedTokenizerFast:
+    """One thread (a second one only waits at this size), few messages; returns the task's tokenizer."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    return mix6.build_tokenizer()
+
+
+def pretrained(tokenizer: PreTrainedTokenizerFast, seed: int, folder: Path) -> LlamaForCausalLM:
+    """The pre-trained model of a seed, kept in `folder` for the next run."""
+    model, path = mix6.build_model(tokenizer, seed), folder / f"mix6-{seed}.safetensors"
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+        return model
+    mix6.pretrain(model, tokenizer, seed, disable_tqdm=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file(model.state_dict(), unfinished)
+    unfinished.replace(path)
+    return model
+
+
+def post_train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    config: MamaPruningConfig | None,
+    reward: Any = mix6.exact_match_reward,
+    grpo: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[float, MamaGRPOTrainer]:
+    """
+    One GRPO run, in place.
+
+    Args:
+        grpo (`dict`, *optional*): arguments of `GRPOConfig` in place of the task's.
+        settings: more arguments of [`MamaGRPOTrainer`].
+
+    Returns:
+        `tuple`: the accuracy on 512 held-out prompts, and the trainer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MamaGRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=mix6.grpo_arguments(folder, seed, max_steps=STEPS, disable_tqdm=True, **(grpo or {})),
+            train_dataset=mix6.grpo_dataset(seed),
+            processing_class=tokenizer,
+            pruning_config=config,
+            **settings,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return mix6.greedy_accuracy(model, tokenizer), trainer
