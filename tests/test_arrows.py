@@ -24,7 +24,11 @@ ARROWS: dict[str, set[str]] = {
     "pruner": {"config", "criteria", "masks", "schedule", "statistics", "targets", "values"},
     "checkpoint": {"config", "pruner", "version"},
     "callback": {"checkpoint", "config", "pruner"},
-    "grpo": {"callback", "config", "targets"},
+    "heads": set(),
+    "divergence": {"config", "heads"},
+    "teacher": {"callback", "config", "heads", "schedule", "targets"},
+    "distillation": {"callback", "config", "divergence", "heads", "teacher"},
+    "grpo": {"callback", "config", "distillation", "targets"},
     "cli": {"report", "version"},
     "solvers": set(),
     "allocation": set(),
@@ -38,7 +42,10 @@ ARROWS: dict[str, set[str]] = {
         *("allocation", "blocks", "calibration", "config", "dense", "report", "resume", "rules", "solvers", "targets"),
     },
     "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
-    "__init__": {"calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "report", "version"},
+    "__init__": {
+        *("calibration", "callback", "config", "criteria", "distillation", "grpo", "masks", "oneshot", "report"),
+        "version",
+    },
 }
 
 # module -> libraries that it may not import, or names in them
@@ -55,6 +62,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "pruner": {"transformers", "trl", "accelerate"},
     "checkpoint": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
     "callback": {"trl", "transformers.Trainer", "transformers.trainer"},
+    "heads": {"trl", "transformers.Trainer", "transformers.trainer"},
+    "divergence": {"trl", "transformers"},
+    "teacher": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
+    "distillation": set(),
     "grpo": set(),
     "cli": {"trl", "transformers", "torch"},
     "solvers": {"trl", "transformers", "torch.nn"},
