@@ -82,7 +82,7 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
         elif self.loss_type == "bnpo":
             weights = mask / (mask.sum().clamp(min=1) * accumulated)
         elif self.loss_type == "dr_grpo":
-            weights = mask / (len(mask) * self.max_completion_length * accumulated)
+            weights = mask / (len(mask) * self.max_completion_length * accumulated)  # type: ignore[operator]
         elif self.loss_type == "luspo":
             weights = mask / (len(mask) * accumulated)
         elif self.loss_type in ("cispo", "dapo", "vespo"):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from test_divergence import DIRECTIONS, naive
 from torch import Tensor, nn
 from transformers import (
@@ -193,6 +197,8 @@ def two_forwards(kind: str, teacher: PreTrainedModel, direction: str) -> type:
     return TwoForwards
 
 
+# TRL 1.16 switches checkpointing off and on around generation by the old names
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able` is deprecated:FutureWarning")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
@@ -220,6 +226,7 @@ def test_gradient_equals_two_forwards(
     keywords = {"callbacks": [got], "pruning_config": config, "teacher_model": teacher}
     ours = make(kind, student, OURS[kind], padding, keywords, **settings)
     ours.train()
+    assert ours.model.is_activation_checkpointing == checkpointing
     assert len(got.steps) == len(expected.steps) == 2
     for first, second in zip(got.steps, expected.steps):
         assert first.keys() == second.keys()
@@ -256,6 +263,55 @@ def test_tokens_weigh_what_they_weigh_in_the_policy_loss(
     assert len(pairs) == 4
     for loss, ours in pairs:
         assert loss == pytest.approx(ours, rel=1e-4, abs=1e-6)
+
+
+def first_gradient(
+    model: PreTrainedModel, teacher: PreTrainedModel, folder: str, batch_size: int
+) -> dict[str, Tensor]:
+    """Of a step on 8 rows in two batches, from all processes together."""
+    witness, settings = Gradients(), {**SETTINGS, "max_steps": 1, "max_grad_norm": 0.0, "output_dir": folder}
+    settings |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2}
+    settings |= {"ddp_backend": "gloo"} if batch_size == 2 else {}
+    trainer = MamaTrainer(
+        copy.deepcopy(model),
+        TrainingArguments(**settings),
+        pad("left"),
+        token_rows(),
+        callbacks=[witness],
+        pruning_config=recipe(start=1, end=1),
+        teacher_model=teacher,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    metrics = {key: torch.tensor(entry[key]) for key in ("pruning/distillation_loss", "pruning/teacher_agreement")}
+    return witness.steps[0] | metrics
+
+
+def run_rank(rank: int, port: int, folder: str, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    save_file(first_gradient(model, teacher, folder, batch_size=2), f"{folder}/{rank}.safetensors")
+    torch.distributed.barrier()
+    os._exit(0)  # without the teardown of gloo, in which one process may wait for ever for the other
+
+
+def test_two_processes_get_the_gradient_of_one(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = (port, str(tmp_path), student, teacher)
+    ranks = torch.multiprocessing.spawn(run_rank, given, nprocs=2, join=False, daemon=True)
+    expected = first_gradient(student, teacher, str(tmp_path), batch_size=4)
+    deadline = time.monotonic() + 120
+    while not ranks.join(timeout=5):
+        assert time.monotonic() < deadline, "the processes wait for each other"
+    for rank in (0, 1):
+        got = load_file(tmp_path / f"{rank}.safetensors")
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- the runs
