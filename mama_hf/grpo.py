@@ -76,7 +76,8 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
     def token_weights(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
         """[B, T - 1]: what the policy loss multiplies each token's term with, by `loss_type`; 0 in prompts."""
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).float()
-        accumulated = self.current_gradient_accumulation_steps or 1
+        accumulated = self.current_gradient_accumulation_steps
+        assert accumulated is not None, "the trainer sets it before a step"
         if self.loss_type in ("grpo", "sapo"):
             weights = mask / mask.sum(dim=-1, keepdim=True).clamp(min=1) / (len(mask) * accumulated)
         elif self.loss_type == "bnpo":

@@ -43,7 +43,8 @@ class TeacherCallback(TrainerCallback):
 
     `"initial"` and `"snapshot"` are copies of the student: before the first step, and at the end of the step at which
     pruning starts, just before its first mask. With the first checkpoint the copy is written once to the output
-    folder, as `teacher-{hash}.safetensors`; each checkpoint names it in `teacher.json`.
+    folder, as `_teacher-{hash}.safetensors`; each checkpoint names it in `teacher.json`. A file with
+    a leading underscore is never uploaded by the trainer.
 
     Args:
         teacher_model (`PreTrainedModel`, `str` or `os.PathLike`):
@@ -202,7 +203,7 @@ def _store(teacher: PreTrainedModel, folder: Path) -> dict[str, str]:
     temporary = folder / f".teacher.{os.getpid()}.tmp"
     save_file(tensors, temporary)
     digest = _digest(temporary)
-    name = f"teacher-{digest[:12]}.safetensors"
+    name = f"_teacher-{digest[:12]}.safetensors"
     os.replace(temporary, folder / name)
     return {"file": name, "sha256": digest}
 

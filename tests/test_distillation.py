@@ -387,6 +387,19 @@ def test_evaluation_is_the_task_alone(
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
+def test_mixed_precision_and_a_bf16_teacher(student: PreTrainedModel, teacher: PreTrainedModel, make: Make) -> None:
+    values = []
+    for half in (False, True):
+        keywords = {"pruning_config": recipe(), "teacher_model": teacher.to(torch.bfloat16 if half else torch.float32)}
+        trainer = make("sft", copy.deepcopy(student), MamaSFTTrainer, keywords=keywords, bf16=half)
+        trainer.train()
+        assert trainer.teacher.model.dtype == (torch.bfloat16 if half else torch.float32)
+        sparsity(trainer.model)
+        values.append(trainer.state.log_history[0]["pruning/distillation_loss"])
+    assert values[0] != values[1]
+    assert values[0] == pytest.approx(values[1], rel=0.02)
+
+
 @pytest.mark.parametrize("source", ["initial", "snapshot"])
 def test_lora(student: PreTrainedModel, make: Make, source: str) -> None:
     lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -438,7 +451,7 @@ def resume(make: Make, student: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def test_teacher_is_not_saved_with_the_model(saved: Path, student: PreTrainedModel) -> None:
-    (stored,) = saved.glob("teacher-*")
+    (stored,) = saved.glob("_teacher-*")
     assert stored.stat().st_size > 10_000
     for folder in saved.glob("checkpoint-*"):
         assert {path.name for path in folder.glob("*.safetensors")} == {
@@ -454,7 +467,7 @@ def test_teacher_is_not_saved_with_the_model(saved: Path, student: PreTrainedMod
 
 @pytest.mark.parametrize("problem", ["pointer", "file", "damaged"])
 def test_lost_teachers_are_refused(saved: Path, make: Make, student: PreTrainedModel, problem: str) -> None:
-    (stored,) = saved.glob("teacher-*")
+    (stored,) = saved.glob("_teacher-*")
     if problem == "pointer":
         (saved / "checkpoint-4/teacher.json").unlink()
     elif problem == "file":
@@ -473,7 +486,7 @@ def test_another_run_in_the_folder_leaves_the_teacher(saved: Path, make: Make, s
         student.lm_head.weight.mul_(2)
     keywords = {"pruning_config": recipe(), "teacher_model": "snapshot"}
     make("trainer", student, MamaTrainer, keywords=keywords, save_strategy="steps", save_steps=3).train()
-    assert len(list(saved.glob("teacher-*"))) == 2
+    assert len(list(saved.glob("_teacher-*"))) == 2
     resume(make, student, saved / "checkpoint-4")
 
 
