@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256, help="tokens of a training example")
     parser.add_argument("--eval-window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--num-eval-windows", type=int, default=8)
-    parser.add_argument("--distillation-weight", type=float, default=0.0, help="of the divergence from --teacher")
+    parser.add_argument("--distillation-weight", type=float, default=0.0, help="of the divergence from the teacher")
     parser.add_argument("--teacher", help='"initial", "snapshot", a Hub id or a folder')
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     ids = torch.tensor(tokenizer(load_text(args.dataset, args.dataset_config), verbose=False).input_ids)
     rows = Dataset.from_dict({"input_ids": ids[: len(ids) // args.window * args.window].view(-1, args.window)})
+    teacher = args.teacher
     recipe = MamaPruningConfig(
         final_sparsity=args.sparsity,
         granularity=args.granularity,
@@ -75,12 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         report_to="none",
     )
     trainer = MamaSFTTrainer(
-        model,
-        config,
-        pruning_config=recipe,
-        teacher_model=args.teacher,
-        train_dataset=rows,
-        processing_class=tokenizer,
+        model, config, train_dataset=rows, processing_class=tokenizer, pruning_config=recipe, teacher_model=teacher
     )
     results: dict[str, float] = {}
     if args.eval_file:

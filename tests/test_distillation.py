@@ -427,7 +427,7 @@ def test_resume_equals_uninterrupted(
     full.train()
     but = ("num_tokens",)  # SFTTrainer itself begins to count anew
     final, history = copy.deepcopy(full.model.state_dict()), logs(full, but)
-    for step in (5, 2, 1):
+    for step in (5, 2, 1) if source == "snapshot" else (2,):
         other = copy.deepcopy(student)
         nn.init.normal_(other.lm_head.weight)  # the teacher is not made of what the script loads
         resumed = make(kind, other, OURS[kind], keywords=keywords, **settings)
