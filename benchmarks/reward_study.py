@@ -55,6 +55,15 @@ VARIANTS: dict[str, tuple[Criterion, dict[str, Any]]] = {
     "mama, regrowth 0.1": (CRITERIA["mama"], {"regrowth": 0.1}),
     "mama, regrowth 0.2": (CRITERIA["mama"], {"regrowth": 0.2}),
     "mama, EMA 0.97, regrowth 0.1": (CRITERIA["mama"], {"ema_decay": 0.97, "regrowth": 0.1}),
+    "mama, values moved": (CRITERIA["mama"], {"move_values": "least_squares"}),
+    "mama, values moved, an update every 10 steps": (
+        CRITERIA["mama"],
+        {"move_values": "least_squares", "update_every": 10},
+    ),
+    "mama, values moved, an update every 30 steps": (
+        CRITERIA["mama"],
+        {"move_values": "least_squares", "update_every": 30},
+    ),
     "mama, an update every 5 steps": (CRITERIA["mama"], {"update_every": 5}),
     "mama, an update every step": (CRITERIA["mama"], {"update_every": 1}),
 }

@@ -4,6 +4,7 @@ For example, with half of the weights gone at the end, anywhere or two of each f
     python examples/smollm2.py                                             # a 135M model, once
     python examples/prune_sft.py --dataset train.txt --eval-file test.txt
     python examples/prune_sft.py --dataset train.txt --eval-file test.txt --granularity 2:4
+    python examples/prune_sft.py --dataset train.txt --eval-file test.txt --distillation-weight 1 --teacher snapshot
 """
 
 import argparse
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from mama_hf import MamaPruningCallback, MamaPruningConfig, sparsity_report
+from mama_hf import MamaPruningConfig, MamaSFTTrainer, sparsity_report
 from mama_hf.evaluation import perplexity
 
 
@@ -34,6 +35,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256, help="tokens of a training example")
     parser.add_argument("--eval-window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--num-eval-windows", type=int, default=8)
+    parser.add_argument("--distillation-weight", type=float, default=0.0, help="of the divergence from the teacher")
+    parser.add_argument("--teacher", help='"initial", "snapshot", a Hub id or a folder')
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -49,8 +52,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     ids = torch.tensor(tokenizer(load_text(args.dataset, args.dataset_config), verbose=False).input_ids)
-    dataset = Dataset.from_dict({"input_ids": ids[: len(ids) // args.window * args.window].view(-1, args.window)})
-    recipe = MamaPruningConfig(final_sparsity=args.sparsity, granularity=args.granularity, criterion=args.criterion)
+    rows = Dataset.from_dict({"input_ids": ids[: len(ids) // args.window * args.window].view(-1, args.window)})
+    teacher = args.teacher
+    recipe = MamaPruningConfig(
+        final_sparsity=args.sparsity,
+        granularity=args.granularity,
+        criterion=args.criterion,
+        distillation_weight=args.distillation_weight,
+    )
     config = SFTConfig(
         output_dir=args.output_dir,
         max_steps=args.steps,
@@ -66,8 +75,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         save_strategy="no",
         report_to="none",
     )
-    trainer = SFTTrainer(
-        model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[MamaPruningCallback(recipe)]
+    trainer = MamaSFTTrainer(
+        model, config, train_dataset=rows, processing_class=tokenizer, pruning_config=recipe, teacher_model=teacher
     )
     results: dict[str, float] = {}
     if args.eval_file:

@@ -4,6 +4,7 @@ from .calibration import calibration_windows
 from .callback import MamaPruningCallback
 from .config import MamaPruningConfig
 from .criteria import CRITERIA
+from .distillation import DistillationMixin, MamaSFTTrainer, MamaTrainer
 from .grpo import MamaGRPOTrainer
 from .masks import GRANULARITIES
 from .oneshot import prune_model
@@ -14,9 +15,12 @@ from .version import __version__
 __all__ = [
     "CRITERIA",
     "GRANULARITIES",
+    "DistillationMixin",
     "MamaGRPOTrainer",
     "MamaPruningCallback",
     "MamaPruningConfig",
+    "MamaSFTTrainer",
+    "MamaTrainer",
     "__version__",
     "calibration_windows",
     "prune_model",

@@ -34,16 +34,26 @@ class MamaPruningCallback(TrainerCallback):
             Checkpoint folder to read the pruning state from when the trainer resumes. Needed only where the folder is
             not `{output_dir}/checkpoint-{step}`, as after a move.
         reward_driven (`bool`, *optional*, defaults to `False`): set by [`MamaGRPOTrainer`].
+        has_teacher (`bool`, *optional*, defaults to `False`): set by trainers that distil.
 
     Raises:
         `ValueError`: before the first step, for a recipe that does not fit the run.
     """
 
     def __init__(
-        self, config: MamaPruningConfig, resume_from: str | os.PathLike | None = None, reward_driven: bool = False
+        self,
+        config: MamaPruningConfig,
+        resume_from: str | os.PathLike | None = None,
+        reward_driven: bool = False,
+        has_teacher: bool = False,
     ) -> None:
         if not isinstance(config, MamaPruningConfig):
             raise TypeError(f"config must be a MamaPruningConfig, not {type(config).__name__}.")
+        if config.distillation_weight > 0 and not has_teacher:
+            raise ValueError(
+                f"distillation_weight={config.distillation_weight} needs a teacher, and a callback does not see the "
+                "loss. Use MamaTrainer, MamaSFTTrainer or MamaGRPOTrainer with pruning_config= and teacher_model=."
+            )
         self.config = config
         self.resume_from = resume_from
         self.reward_driven = reward_driven
@@ -117,7 +127,7 @@ class MamaPruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # a checkpoint is uploaded from inside the trainer's save, before on_save
-        if self.pruner is not None and Path(_checkpoint_folder(args, state)).is_dir():
+        if self.pruner is not None and Path(checkpoint_folder(args, state)).is_dir():
             self._save_state(args, state)
 
     def on_train_end(
@@ -163,12 +173,11 @@ class MamaPruningCallback(TrainerCallback):
     def _resume_folder(self, args: TrainingArguments, state: TrainerState) -> str | os.PathLike:
         if self.resume_from is not None:
             return self.resume_from
-        given = args.resume_from_checkpoint
-        return given if given is not None and os.path.isdir(given) else _checkpoint_folder(args, state)
+        return resume_folder(args, state)
 
     def _save_state(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            save_state(self._running(), _checkpoint_folder(args, state), state.global_step)
+            save_state(self._running(), checkpoint_folder(args, state), state.global_step)
 
 
 def _calling_handler() -> CallbackHandler | None:
@@ -202,8 +211,15 @@ def generation_alignment(args: TrainingArguments) -> int:
     return max(1, generate_every // accumulate)
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    """Where the trainer saves this step."""
     return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def resume_folder(args: TrainingArguments, state: TrainerState) -> str:
+    """Where the trainer has resumed from."""
+    given = args.resume_from_checkpoint
+    return given if given is not None and os.path.isdir(given) else checkpoint_folder(args, state)
 
 
 def _check_backend(args: TrainingArguments, state: TrainerState) -> None:

@@ -26,6 +26,7 @@ CriterionName = Literal[
 ScopeName = Literal["layer", "row", "global"]
 AllocationName = Literal["uniform", "owl"]
 MoveName = Literal["none", "mean", "bias", "least_squares"]
+DirectionName = Literal["forward", "reverse", "jsd"]
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -69,9 +70,13 @@ class MamaPruningConfig:
         reward_tolerance (`float`, *optional*):
             Largest fall of the reward that a mask update may cause. Not built so far.
         distillation_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the KL term to the unpruned teacher. Not built so far.
+            What the trainer's loss gets on top: this times the divergence from the `teacher_model`, per token as the
+            loss is. 0: no teacher. Only in [`MamaGRPOTrainer`], [`MamaSFTTrainer`] and [`MamaTrainer`].
         distillation_temperature (`float`, *optional*, defaults to 1.0):
-            Temperature of that term.
+            Both models' logits are divided by it before the divergence is taken (no factor of its square, as in TRL).
+        distillation_direction (`str`, *optional*, defaults to `"forward"`):
+            `"forward"` is KL(teacher || student), `"reverse"` KL(student || teacher), `"jsd"` the Jensen-Shannon
+            divergence: TRL's `beta` of 0, 1 and 0.5.
         ema_decay (`float`, *optional*):
             Decay per step, in [0, 1), of the moving averages behind the gradient criteria. `None`: `mama` reads Adam's
             own second moment (no extra memory) in trainers with fixed data, and averages with 0.9 where rewards steer;
@@ -125,6 +130,9 @@ class MamaPruningConfig:
     )
     distillation_weight: float = field(default=0.0, metadata={"help": "Weight of the KL term to the teacher."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL term."})
+    distillation_direction: DirectionName = field(
+        default="forward", metadata={"help": "forward: KL(teacher || student); reverse: the other way; jsd: between."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay per step of the gradient averages; see the documentation if not set."}
     )
@@ -146,6 +154,7 @@ class MamaPruningConfig:
         self._check_combinations()
         self._check_sparsity()
         self._check_steps()
+        self._check_distillation()
         self._check_modules("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self._check_modules("exclude_modules", self.exclude_modules)
@@ -170,8 +179,6 @@ class MamaPruningConfig:
                 '"unstructured" or an N:M pattern such as "2:4"',
             ),
             "reward_tolerance": (self.reward_tolerance is not None, "None"),
-            "distillation_weight": (self.distillation_weight != 0, "0.0 (GRPOConfig(beta=...) adds a reference KL)"),
-            "distillation_temperature": (self.distillation_temperature != 1, "1.0"),
         }
         for name, (asked, instead) in missing.items():
             if asked:
@@ -184,6 +191,7 @@ class MamaPruningConfig:
         _check_choice("criterion", self.criterion, get_args(CriterionName))
         _check_choice("allocation", self.allocation, get_args(AllocationName))
         _check_choice("move_values", self.move_values, get_args(MoveName))
+        _check_choice("distillation_direction", self.distillation_direction, get_args(DirectionName))
         if self.scope is not None:
             _check_choice("scope", self.scope, get_args(ScopeName))
         if self.n_of_m is None:
@@ -244,6 +252,18 @@ class MamaPruningConfig:
         every = self.update_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"update_every={every!r} must be a number of steps >= 1, or None for about 40 updates.")
+
+    def _check_distillation(self) -> None:
+        weight, temperature = self.distillation_weight, self.distillation_temperature
+        if not (_is_number(weight) and math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"distillation_weight={weight!r} must be a number >= 0; 0 is no distillation.")
+        if not (_is_number(temperature) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"distillation_temperature={temperature!r} must be a number > 0.")
+        if weight == 0 and (temperature, self.distillation_direction) != (1, "forward"):
+            raise ValueError(
+                f"distillation_temperature={temperature} and distillation_direction={self.distillation_direction!r} "
+                "do nothing with distillation_weight=0. Set distillation_weight, e.g. to 1.0."
+            )
 
     @staticmethod
     def _check_modules(name: str, value: Any) -> None:

@@ -3,20 +3,22 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from .callback import MamaPruningCallback
 from .config import MamaPruningConfig
+from .distillation import DistillationMixin
 from .targets import LoraTarget, find_targets
 
 
-class MamaGRPOTrainer(GRPOTrainer):
+class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
     """
     Prunes while GRPO trains; the rewards decide what is kept.
 
-    The only changes with respect to [`~trl.GRPOTrainer`] are in `__init__`, which adds a [`MamaPruningCallback`], and
-    in `_generate_and_score_completions`, which tells the pruner how the batch was rewarded. Masks change on
+    The only changes with respect to [`~trl.GRPOTrainer`] are in `__init__`, which adds a [`MamaPruningCallback`], in
+    `_generate_and_score_completions`, which tells the pruner how the batch was rewarded, and, with a teacher, those of
+    [`DistillationMixin`]. Masks change on
     generation boundaries. With `pruning_config=None` it is a GRPOTrainer, bit for bit.
 
     Logs beside the callback's `pruning/sparsity`, `pruning/target` and `pruning/changed`: `pruning/reward`, the mean
@@ -25,12 +27,11 @@ class MamaGRPOTrainer(GRPOTrainer):
 
     Args:
         pruning_config (`MamaPruningConfig`, *optional*): the recipe.
-        teacher_model (*optional*): not built yet.
+        teacher_model (*optional*): as in [`DistillationMixin`]; the completions' tokens are distilled.
         args, kwargs: as in [`~trl.GRPOTrainer`].
 
     Raises:
-        `ValueError`: for a second pruning callback, or LoRA with `beta > 0`.
-        `NotImplementedError`: for a `teacher_model`.
+        `ValueError`: for a second pruning callback, LoRA with `beta > 0`, or a teacher that does not fit.
     """
 
     _tag_names = ["trl", "grpo", "mama"]
@@ -42,12 +43,9 @@ class MamaGRPOTrainer(GRPOTrainer):
         teacher_model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if teacher_model is not None:
-            raise NotImplementedError(
-                "teacher_model is not built yet. GRPOConfig(beta=...) adds a KL term to the model before training."
-            )
         super().__init__(*args, **kwargs)
         self.pruning_callback: MamaPruningCallback | None = None
+        self.set_teacher(pruning_config, teacher_model)
         if pruning_config is None:
             return
         if any(isinstance(callback, MamaPruningCallback) for callback in self.callback_handler.callbacks):
@@ -59,7 +57,9 @@ class MamaGRPOTrainer(GRPOTrainer):
                 f"beta={self.beta} does not go with pruning through LoRA: TRL's reference is the model with the "
                 "adapter switched off, and pruning rewrites that base. Set beta=0 or train without LoRA."
             )
-        self.pruning_callback = MamaPruningCallback(pruning_config, reward_driven=True)
+        self.pruning_callback = MamaPruningCallback(
+            pruning_config, reward_driven=True, has_teacher=self.teacher is not None
+        )
         self.add_callback(self.pruning_callback)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
@@ -72,3 +72,25 @@ class MamaGRPOTrainer(GRPOTrainer):
             metrics["pruning/signal"].append(signal)
             pruner.observe_rewards(signal)
         return outputs
+
+    def token_weights(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """[B, T - 1]: what the policy loss multiplies each token's term with, by `loss_type`; 0 in prompts."""
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).float()
+        accumulated = self.current_gradient_accumulation_steps
+        assert accumulated is not None, "the trainer sets it before a step"
+        if self.loss_type in ("grpo", "sapo"):
+            weights = mask / mask.sum(dim=-1, keepdim=True).clamp(min=1) / (len(mask) * accumulated)
+        elif self.loss_type == "bnpo":
+            weights = mask / (mask.sum().clamp(min=1) * accumulated)
+        elif self.loss_type == "dr_grpo":
+            weights = mask / (len(mask) * self.max_completion_length * accumulated)  # type: ignore[operator]
+        elif self.loss_type == "luspo":
+            weights = mask / (len(mask) * accumulated)
+        elif self.loss_type in ("cispo", "dapo", "vespo"):
+            # TRL's count is of the whole generation batch and of all processes
+            num_tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            share = accumulated / self.args.steps_per_generation  # type: ignore[attr-defined]
+            weights = mask / (num_tokens * share)
+        else:
+            raise ValueError(f"Distillation does not know how loss_type={self.loss_type!r} weighs tokens. Use 'dapo'.")
+        return nn.functional.pad(weights, (inputs["prompt_ids"].shape[1] - 1, 0))

@@ -121,6 +121,7 @@ def _check_recipe(recipe: MamaPruningConfig) -> None:
         "criterion": (recipe.criterion in _GRADIENT_CRITERIA, '"mama", "wanda", "sparsegpt", "magnitude" or "random"'),
         "scope": (recipe.scope == "global", '"layer", "row" or None (allocation="owl" lets layers differ)'),
         "regrowth": (recipe.regrowth != 0, "0.0"),
+        "distillation_weight": (recipe.distillation_weight != 0, "0.0"),
     }
     for name, (asked, instead) in refused.items():
         if asked:

@@ -26,9 +26,13 @@ ARROWS: dict[str, set[str]] = {
     "pruner": {"config", "criteria", "masks", "moving", "schedule", "statistics", "targets", "values"},
     "checkpoint": {"config", "pruner", "version"},
     "callback": {"checkpoint", "config", "pruner"},
-    "grpo": {"callback", "config", "targets"},
     "cli": {"commands", "version"},
     "commands": {"calibration", "config", "evaluation", "oneshot", "report"},
+    "heads": set(),
+    "divergence": {"config", "heads"},
+    "teacher": {"callback", "config", "heads", "schedule", "targets"},
+    "distillation": {"callback", "config", "divergence", "heads", "teacher"},
+    "grpo": {"callback", "config", "distillation", "targets"},
     "solvers": set(),
     "allocation": set(),
     "evaluation": set(),
@@ -41,7 +45,10 @@ ARROWS: dict[str, set[str]] = {
         *("allocation", "blocks", "calibration", "config", "dense", "report", "resume", "rules", "solvers", "targets"),
     },
     "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
-    "__init__": {"calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "report", "version"},
+    "__init__": {
+        *("calibration", "callback", "config", "criteria", "distillation", "grpo", "masks", "oneshot", "report"),
+        "version",
+    },
 }
 
 # module -> libraries that it may not import, or names in them
@@ -60,6 +67,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "pruner": {"transformers", "trl", "accelerate"},
     "checkpoint": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
     "callback": {"trl", "transformers.Trainer", "transformers.trainer"},
+    "heads": {"trl", "transformers.Trainer", "transformers.trainer"},
+    "divergence": {"trl", "transformers"},
+    "teacher": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
+    "distillation": set(),
     "grpo": set(),
     "cli": {"trl", "transformers", "torch"},
     "commands": {"trl", "torch"},

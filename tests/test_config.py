@@ -26,6 +26,7 @@ RECIPES: list[dict[str, Any]] = [
     {"granularity": "3:5", "final_sparsity": 0.4, "scope": "layer"},
     {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.q_proj"], "scope": "global"},
     {"target_modules": r".*\.(up|down)_proj", "exclude_modules": r".*\.0\..*", "schedule": "one-shot"},
+    {"distillation_weight": 0.5, "distillation_temperature": 2, "distillation_direction": "jsd"},
     {"ema_decay": 0.0, "regrowth": 0.3, "criterion": "fisher", "scope": "row", "start": 1, "end": 1.0},
 ]
 
@@ -123,6 +124,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *[({"target_modules": value}, "target_modules=.* must be a list") for value in ([], [1], [""], None, ("a",))],
     *[({"exclude_modules": value}, "exclude_modules=.* must be a list") for value in ([], [None], 3)],
     *[({"ema_decay": value}, r"ema_decay=.* in \[0, 1\)") for value in (1, -0.1, math.nan, "0.9", True)],
+    *[
+        ({"distillation_weight": value}, "distillation_weight=.* >= 0")
+        for value in (-1, math.nan, math.inf, None, True)
+    ],
+    *[
+        ({"distillation_weight": 1, "distillation_temperature": value}, "distillation_temperature=.* > 0")
+        for value in (0, -1.0, math.nan, None, "warm")
+    ],
+    ({"distillation_weight": 1, "distillation_direction": "revers"}, "Did you mean 'reverse'"),
+    ({"distillation_temperature": 2.0}, "distillation_temperature=2.0 .*do nothing with distillation_weight=0"),
+    ({"distillation_direction": "jsd"}, "distillation_direction='jsd' do nothing"),
     *[({"regrowth": value}, r"regrowth=.* in \[0, 1\)") for value in (1.0, -0.1, math.nan, None)],
 ]
 
@@ -143,8 +155,6 @@ def test_bad_value(values: dict[str, Any], message: str) -> None:
         ],
         ({"reward_tolerance": 0.1}, "None"),
         ({"reward_tolerance": 0.0}, "None"),
-        ({"distillation_weight": 0.5}, "0.0"),
-        ({"distillation_temperature": 2.0}, "1.0"),
     ],
 )
 def test_not_built_yet(values: dict[str, Any], instead: str) -> None:
@@ -173,6 +183,10 @@ COMMANDS: list[tuple[str, dict[str, Any]]] = [
     ("--target_modules all-linear --exclude_modules gate up", {"exclude_modules": ["gate", "up"]}),
     ("--granularity 1:4 --final_sparsity 0.75", {"granularity": "1:4", "final_sparsity": 0.75}),
     ("--scope row --criterion wanda --schedule one-shot", {"scope": "row", "criterion": "wanda"}),
+    (
+        "--distillation_weight 0.5 --distillation_direction reverse",
+        {"distillation_weight": 0.5, "distillation_direction": "reverse"},
+    ),
     ("--update_every 5 --ema_decay 0.99 --regrowth 0.1", {"update_every": 5, "ema_decay": 0.99, "regrowth": 0.1}),
 ]
 

@@ -310,11 +310,6 @@ def test_resume_equals_uninterrupted(
 # ---------------------------------------------------------------------------------------------- refusals, LoRA
 
 
-def test_teacher_is_refused(model: PreTrainedModel, make_trainer: Train) -> None:
-    with pytest.raises(NotImplementedError, match="beta"):
-        make_trainer(model, recipe(), keywords={"teacher_model": copy.deepcopy(model)})
-
-
 def test_two_callbacks_are_refused(model: PreTrainedModel, make_trainer: Train) -> None:
     with pytest.raises(ValueError, match="not both"):
         make_trainer(model, recipe(), keywords={"callbacks": [MamaPruningCallback(recipe())]})
