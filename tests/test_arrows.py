@@ -38,7 +38,11 @@ ARROWS: dict[str, set[str]] = {
         *("allocation", "blocks", "calibration", "config", "dense", "report", "resume", "rules", "solvers", "targets"),
     },
     "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
-    "__init__": {"calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "report", "version"},
+    "packing": {"checkpoint"},
+    "packed": {"config", "packing", "version"},
+    "__init__": {
+        *("calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "packed", "report", "version"),
+    },
 }
 
 # module -> libraries that it may not import, or names in them
@@ -67,6 +71,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "resume": {"trl", "pickle"},
     "engine": {"trl"},
     "oneshot": {"trl"},
+    "packing": {"trl", "transformers", "pickle"},
+    "packed": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
     "__init__": set(),
 }
 
