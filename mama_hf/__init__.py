@@ -11,6 +11,7 @@ from .masks import GRANULARITIES
 from .oneshot import prune_model
 from .packed import AUTO_CLASSES, MamaPackedConfig, loader_of, save_packed
 from .report import sparsity_report
+from .sparse_inference import sparse_inference
 from .version import __version__
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "calibration_windows",
     "prune_model",
     "save_packed",
+    "sparse_inference",
     "sparsity_report",
 ]
 

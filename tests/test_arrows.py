@@ -40,8 +40,10 @@ ARROWS: dict[str, set[str]] = {
     "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
     "packing": {"checkpoint"},
     "packed": {"config", "packing", "version"},
+    "sparse_inference": set(),
     "__init__": {
-        *("calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "packed", "report", "version"),
+        *("calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "packed", "report"),
+        *("sparse_inference", "version"),
     },
 }
 
@@ -73,6 +75,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "oneshot": {"trl"},
     "packing": {"trl", "transformers", "pickle"},
     "packed": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
+    "sparse_inference": {"trl", "transformers"},
     "__init__": set(),
 }
 
