@@ -41,6 +41,8 @@ ARROWS: dict[str, set[str]] = {
     "packing": {"checkpoint"},
     "packed": {"config", "packing", "version"},
     "sparse_inference": set(),
+    "card": {"packed", "report", "version"},
+    "hub": {"card", "packed"},
     "__init__": {
         *("calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "packed", "report"),
         *("sparse_inference", "version"),
@@ -76,6 +78,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "packing": {"trl", "transformers", "pickle"},
     "packed": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
     "sparse_inference": {"trl", "transformers"},
+    "card": {"trl", "transformers.Trainer", "transformers.trainer"},
+    "hub": {"trl", "transformers.Trainer", "transformers.trainer"},
     "__init__": set(),
 }
 
