@@ -9,11 +9,13 @@ import copy
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -176,6 +178,12 @@ def _remove_others(directory: Path, files: list[str]) -> None:
             and path.name not in files
         ):
             path.unlink()
+
+
+def packed_tensors(directory: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, unpacked, of all that is in a packed folder, one after the other."""
+    for name, stored in read_shards(_files(directory, {})).items():
+        yield name, stored[...]
 
 
 class PackedModel:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mama_hf import MamaPruningConfig, save_packed
+from mama_hf import MamaPruningConfig, save_packed, sparsity_report
 from mama_hf.checkpoint import describe
 from mama_hf.packed import MamaPackedConfig
 
@@ -102,6 +102,14 @@ def test_other_auto_classes(packed: Path, tiny_llama: PreTrainedModel) -> None:
     assert type(AutoModelForCausalLM.from_config(config)) is LlamaForCausalLM
     with pytest.raises(ValueError, match="LlamaConfig"):
         AutoModelForMaskedLM.from_pretrained(packed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_report_of_a_packed_folder(name: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model = prune(make_model(name))
+    save_packed(model, tmp_path, max_shard_size="20KB")
+    assert sparsity_report(tmp_path)["total"] == sparsity_report(model)["total"]
+    assert sparsity_report(tmp_path)["targets"] == sparsity_report(model)["targets"]
 
 
 def test_generation_config_and_recipe(make_model: MakeModel, tmp_path: Path) -> None:
