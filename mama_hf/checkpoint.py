@@ -26,7 +26,9 @@ STATE_VERSION = 1
 def save_state(pruner: Pruner, directory: str | os.PathLike, step: int) -> None:
     """Write the pruner's state (masks as bits) into a checkpoint folder, under a temporary name first."""
     tensors, values = pruner.state_dict()
-    packed = {key: _pack(value) if value.dtype == torch.bool else value.contiguous() for key, value in tensors.items()}
+    packed = {
+        key: pack_bits(value) if value.dtype == torch.bool else value.contiguous() for key, value in tensors.items()
+    }
     header = {
         "version": STATE_VERSION,
         "step": step,
@@ -58,7 +60,7 @@ def load_state(pruner: Pruner, directory: str | os.PathLike, step: int) -> None:
         raise ValueError(f"{path} is damaged or truncated ({error}). {_advice(Path(directory))}") from error
     _check_header(header, pruner, path, step)
     for key, shape in header["shapes"].items():
-        tensors[key] = _unpack(tensors[key], shape)
+        tensors[key] = unpack_bits(tensors[key], shape)
     try:
         pruner.load_state_dict(tensors, header["values"])
     except (KeyError, RuntimeError) as error:
@@ -101,12 +103,13 @@ def _advice(directory: Path) -> str:
     )
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack_bits(mask: Tensor) -> Tensor:
     """Bool of any shape -> bits in uint8 [ceil(numel / 8)]."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
-def _unpack(bits: Tensor, shape: list[int]) -> Tensor:
+def unpack_bits(bits: Tensor, shape: list[int]) -> Tensor:
+    """The inverse of `pack_bits`."""
     count = int(np.prod(shape))
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).view(shape)
 

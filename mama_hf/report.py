@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from .checkpoint import STATE_NAME
 from .config import MamaPruningConfig
+from .packed import MamaPackedConfig, packed_tensors
 from .targets import Target, matching_targets, plain_name
 
 
@@ -91,7 +92,7 @@ class OneShotReport(dict):
 
 def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
     """
-    Count the zeros of a model, or of the safetensors files in a folder without loading it whole.
+    Count the zeros of a model, or of the files in a folder, packed or not, without loading it whole.
 
     Args:
         model (`nn.Module` or `str`): tied weights count once.
@@ -105,8 +106,11 @@ def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
         tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     else:
         files = _weight_files(Path(model))
-        skeleton = _skeleton(Path(model))
-        tensors = _stored_tensors(files)
+        config = AutoConfig.from_pretrained(model)
+        if isinstance(config, MamaPackedConfig):
+            skeleton, tensors = _skeleton(config.base_config), packed_tensors(model)
+        else:
+            skeleton, tensors = _skeleton(config), _stored_tensors(files)
     targets = {target.name: target for target in matching_targets(skeleton, _recipe(skeleton))}
     rows = {name: _describe(tensor, targets.get(plain_name(name))) for name, tensor in tensors}
     if sum(row["target"] for row in rows.values()) < len(targets) and not isinstance(model, nn.Module):
@@ -126,9 +130,8 @@ def _text(table: Table) -> str:
     return capture.get()
 
 
-def _skeleton(directory: Path) -> Any:
-    """The model of a folder without memory behind its parameters."""
-    config = AutoConfig.from_pretrained(directory)
+def _skeleton(config: Any) -> Any:
+    """The model of a config without memory behind its parameters."""
     with torch.device("meta"):
         return getattr(transformers, config.architectures[0])(config)
 

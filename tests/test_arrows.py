@@ -22,8 +22,8 @@ ARROWS: dict[str, set[str]] = {
     "criteria": set(),
     "masks": set(),
     "values": {"targets"},
-    "report": {"checkpoint", "config", "targets"},
     "pruner": {"config", "criteria", "masks", "moving", "schedule", "statistics", "targets", "values"},
+    "report": {"checkpoint", "config", "packed", "targets"},
     "checkpoint": {"config", "pruner", "version"},
     "callback": {"checkpoint", "config", "pruner"},
     "cli": {"commands", "version"},
@@ -45,9 +45,14 @@ ARROWS: dict[str, set[str]] = {
         *("allocation", "blocks", "calibration", "config", "dense", "report", "resume", "rules", "solvers", "targets"),
     },
     "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
+    "packing": {"checkpoint"},
+    "packed": {"config", "packing", "version"},
+    "sparse_inference": set(),
+    "card": {"packed", "report", "version"},
+    "hub": {"card", "packed"},
     "__init__": {
-        *("calibration", "callback", "config", "criteria", "distillation", "grpo", "masks", "oneshot", "report"),
-        "version",
+        *("calibration", "callback", "config", "criteria", "distillation", "grpo", "masks", "oneshot", "packed"),
+        *("report", "sparse_inference", "version"),
     },
 }
 
@@ -84,6 +89,11 @@ FORBIDDEN: dict[str, set[str]] = {
     "resume": {"trl", "pickle"},
     "engine": {"trl"},
     "oneshot": {"trl"},
+    "packing": {"trl", "transformers", "pickle"},
+    "packed": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
+    "sparse_inference": {"trl", "transformers"},
+    "card": {"trl", "transformers.Trainer", "transformers.trainer"},
+    "hub": {"trl", "transformers.Trainer", "transformers.trainer"},
     "__init__": set(),
 }
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from huggingface_hub import CommitInfo, HfApi
+from transformers import AutoModelForCausalLM
 
 from mama_hf import sparsity_report
 
@@ -19,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 CPU = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+COMMIT = CommitInfo("https://huggingface.co/me/smollm2-sparse/commit/0", "", "", "0")
 
 
 def blocks(language: str) -> list[str]:
@@ -47,6 +51,12 @@ def hub(tmp_path, monkeypatch):
             name,
             lambda original=original, small=small, **kwargs: original(**{**kwargs, **CPU, **small, "max_steps": 4}),
         )
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(
+        HfApi,
+        "upload_folder",
+        lambda self, repo_id, folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / repo_id) and COMMIT,
+    )
     monkeypatch.chdir(tmp_path)
     return model_dir
 
@@ -71,6 +81,12 @@ def test_the_python_blocks_run_in_order(hub):
         exec(block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(hub))), namespace)
     assert namespace["sparsity_report"]("one-shot-model")["targets"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert namespace["sparsity_report"]("sparse-model")["targets"]["sparsity"] == pytest.approx(0.7, abs=1e-4)
+    packed, (pushed,) = Path("packed-model"), Path("me").iterdir()
+    assert {"config.json", "packed_model.safetensors", "pruning_config.json"} <= {
+        path.name for path in packed.iterdir()
+    }
+    assert {"README.md", "packed_model.safetensors", "tokenizer.json"} <= {path.name for path in pushed.iterdir()}
+    assert torch.equal(namespace["llm"].lm_head.weight, AutoModelForCausalLM.from_pretrained(pushed).lm_head.weight)
     merged = namespace["sparsity_report"]("merged")["layers"]
     queries = [row for name, row in merged.items() if "q_proj" in name or "v_proj" in name]
     assert sum(row["zeros"] for row in queries) >= 0.5 * sum(row["parameters"] for row in queries)
