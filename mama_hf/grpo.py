@@ -1,13 +1,16 @@
 """`MamaGRPOTrainer`: TRL's GRPOTrainer with a pruner that hears of the rewards."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import nn
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from .callback import MamaPruningCallback
 from .config import MamaPruningConfig
+from .heldout import HeldOutReward, check_rows, hold_out
 from .targets import LoraTarget, find_targets
 
 
@@ -25,11 +28,14 @@ class MamaGRPOTrainer(GRPOTrainer):
 
     Args:
         pruning_config (`MamaPruningConfig`, *optional*): the recipe.
+        pruning_eval_dataset (`Dataset` or `list[dict]`, *optional*):
+            held-out prompts for `reward_tolerance`, with the columns of the train set. `None`: its last rows, taken
+            out of training (5 %, at most 16 to 64; see `hold_out`).
         teacher_model (*optional*): not built yet.
         args, kwargs: as in [`~trl.GRPOTrainer`].
 
     Raises:
-        `ValueError`: for a second pruning callback, or LoRA with `beta > 0`.
+        `ValueError`: for a second pruning callback, LoRA with `beta > 0`, or held-out prompts that can't be had.
         `NotImplementedError`: for a `teacher_model`.
     """
 
@@ -39,12 +45,17 @@ class MamaGRPOTrainer(GRPOTrainer):
         self,
         *args: Any,
         pruning_config: MamaPruningConfig | None = None,
+        pruning_eval_dataset: Dataset | list[dict[str, Any]] | None = None,
         teacher_model: Any = None,
         **kwargs: Any,
     ) -> None:
         if teacher_model is not None:
             raise NotImplementedError(
                 "teacher_model is not built yet. GRPOConfig(beta=...) adds a KL term to the model before training."
+            )
+        if pruning_eval_dataset is not None and (pruning_config is None or pruning_config.reward_tolerance is None):
+            raise ValueError(
+                "pruning_eval_dataset is for the reward check: set reward_tolerance in pruning_config, or drop it."
             )
         super().__init__(*args, **kwargs)
         self.pruning_callback: MamaPruningCallback | None = None
@@ -59,8 +70,17 @@ class MamaGRPOTrainer(GRPOTrainer):
                 f"beta={self.beta} does not go with pruning through LoRA: TRL's reference is the model with the "
                 "adapter switched off, and pruning rewrites that base. Set beta=0 or train without LoRA."
             )
-        self.pruning_callback = MamaPruningCallback(pruning_config, reward_driven=True)
+        measure = None if pruning_config.reward_tolerance is None else self._held_out_reward(pruning_eval_dataset)
+        self.pruning_callback = MamaPruningCallback(pruning_config, reward_driven=True, measure_reward=measure)
         self.add_callback(self.pruning_callback)
+
+    def _held_out_reward(self, dataset: Dataset | list[dict[str, Any]] | None) -> Callable[[], float]:
+        if dataset is None:
+            self.train_dataset, dataset = hold_out(
+                self.train_dataset, cast(GRPOConfig, self.args).generation_batch_size
+            )
+        check_rows(dataset)
+        return HeldOutReward(self, dataset).measure
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         outputs = super()._generate_and_score_completions(inputs)
