@@ -1,12 +1,12 @@
 """`MamaGRPOTrainer`: TRL's GRPOTrainer with a pruner that hears of the rewards."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from .callback import MamaPruningCallback
 from .config import MamaPruningConfig
@@ -76,9 +76,7 @@ class MamaGRPOTrainer(GRPOTrainer):
 
     def _held_out_reward(self, dataset: Dataset | list[dict[str, Any]] | None) -> Callable[[], float]:
         if dataset is None:
-            self.train_dataset, dataset = hold_out(
-                self.train_dataset, cast(GRPOConfig, self.args).generation_batch_size
-            )
+            self.train_dataset, dataset = hold_out(self.train_dataset, vars(self.args)["generation_batch_size"])
         check_rows(dataset)
         return HeldOutReward(self, dataset).measure
 

@@ -5,13 +5,13 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import GenerationConfig, set_seed
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 
 MAX_PROMPTS = 64
@@ -84,10 +84,9 @@ class HeldOutReward:
     @torch.no_grad()
     def measure(self) -> float:
         """The mean over all ranks' prompts, the same number on each rank. NaN if no completion was given a reward."""
-        trainer, args = self.trainer, cast(GRPOConfig, self.trainer.args)
-        size = (
-            args.per_device_train_batch_size * args.steps_per_generation
-        )  # what fits, as it is generated in training
+        trainer, args = self.trainer, vars(self.trainer.args)
+        # what is generated at once in training, so that it fits
+        size = args["per_device_train_batch_size"] * args["steps_per_generation"]
         total, count = 0.0, 0
         # padding by the last row, so that all ranks have as many
         with trainer.accelerator.split_between_processes(self.rows, apply_padding=True) as rows, _no_trace(trainer):

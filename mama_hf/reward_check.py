@@ -1,4 +1,4 @@
-"""Whether a mask update may stay, decided by the reward on held-out prompts. Pure numbers: no tensor and no trainer."""
+"""Whether a mask update may stay, decided by the reward on held-out prompts. Pure numbers: no tensor, no trainer."""
 
 import dataclasses
 import logging

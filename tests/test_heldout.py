@@ -1,9 +1,13 @@
 """The reward check inside `MamaGRPOTrainer`: what it measures, that it leaves no trace, and what it takes back."""
 
 import copy
+import json
 import logging
 import math
+import os
 import random
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from test_grpo import assert_same, digit_sum, logs, optimizer_state, prunable, sparsity, steps
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
@@ -475,3 +480,44 @@ def test_the_callback_refuses_a_tolerance(
     trainer.train()
     assert callback.report["reward_before"] is None
     assert callback.report["reached"] == pytest.approx(0.6, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- two processes
+
+
+def run_rank(rank: int, port: int, folder: str, model: PreTrainedModel) -> None:
+    """One of two processes: 5 held-out prompts, so that one rank has fewer, and checks that differ between updates."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    trainer = MamaGRPOTrainer(
+        model=model,
+        reward_funcs=digit_sum,
+        args=mix6.grpo_arguments(folder, 0, ddp_backend="gloo", disable_tqdm=True, learning_rate=1e-2, **settings),
+        train_dataset=mix6.grpo_dataset(0, 64),
+        pruning_eval_dataset=held_out(5),
+        processing_class=mix6.build_tokenizer(),
+        pruning_config=recipe(final_sparsity="auto", reward_tolerance=0.3),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    state = trainer.pruning_callback.pruner.check.state_dict()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(state))
+    save_file(dict(model.state_dict()), f"{folder}/{rank}.safetensors")
+    torch.distributed.barrier()
+    os._exit(0)  # without the teardown of gloo, in which one process may wait for ever for the other
+
+
+def test_two_processes_decide_alike(model: PreTrainedModel, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = torch.multiprocessing.spawn(run_rank, (port, str(tmp_path), model), nprocs=2, join=False, daemon=True)
+    deadline = time.monotonic() + 120
+    while not ranks.join(timeout=5):
+        assert time.monotonic() < deadline, "the processes wait for each other"
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["num_rollbacks"] + first["num_held"] > 0
+    assert_same(load_file(tmp_path / "0.safetensors"), load_file(tmp_path / "1.safetensors"))
