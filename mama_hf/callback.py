@@ -1,8 +1,11 @@
 """`MamaPruningCallback`: each event of the trainer is one call to the `Pruner`."""
 
+import contextlib
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +18,8 @@ from transformers.trainer_utils import IntervalStrategy
 from .checkpoint import describe, load_state, save_recipe_with, save_state
 from .config import MamaPruningConfig
 from .pruner import Pruner, unwrap_optimizer
+from .report import TrainingReport
+from .reward_check import RewardCheck, RewardState
 
 
 logger = logging.getLogger(__name__)
@@ -26,7 +31,9 @@ class MamaPruningCallback(TrainerCallback):
     `Trainer(..., callbacks=[MamaPruningCallback(recipe)])`.
 
     Logs `pruning/sparsity` (fraction of zeros in the targeted weights), `pruning/target` (what the schedule asks for)
-    and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own logs.
+    and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own logs; with a reward
+    check also `pruning/reward_check` (the reward it measured last), `pruning/rollbacks` and `pruning/held` (updates
+    taken back and left out so far). When training ends, `report` holds what came of it, and is logged as a table.
 
     Args:
         config (`MamaPruningConfig`): the recipe.
@@ -35,6 +42,7 @@ class MamaPruningCallback(TrainerCallback):
             not `{output_dir}/checkpoint-{step}`, as after a move.
         reward_driven (`bool`, *optional*, defaults to `False`): set by [`MamaGRPOTrainer`].
         has_teacher (`bool`, *optional*, defaults to `False`): set by trainers that distil.
+        measure_reward (`Callable`, *optional*): () -> reward, for `reward_tolerance`; set by [`MamaGRPOTrainer`].
 
     Raises:
         `ValueError`: before the first step, for a recipe that does not fit the run.
@@ -46,6 +54,7 @@ class MamaPruningCallback(TrainerCallback):
         resume_from: str | os.PathLike | None = None,
         reward_driven: bool = False,
         has_teacher: bool = False,
+        measure_reward: Callable[[], float] | None = None,
     ) -> None:
         if not isinstance(config, MamaPruningConfig):
             raise TypeError(f"config must be a MamaPruningConfig, not {type(config).__name__}.")
@@ -54,10 +63,18 @@ class MamaPruningCallback(TrainerCallback):
                 f"distillation_weight={config.distillation_weight} needs a teacher, and a callback does not see the "
                 "loss. Use MamaTrainer, MamaSFTTrainer or MamaGRPOTrainer with pruning_config= and teacher_model=."
             )
+        if config.reward_tolerance is not None and measure_reward is None:
+            raise ValueError(
+                f"reward_tolerance={config.reward_tolerance} with final_sparsity={config.final_sparsity!r} needs a "
+                "reward, which only MamaGRPOTrainer(pruning_config=...) has. Elsewhere set reward_tolerance=None and "
+                "final_sparsity to a number."
+            )
         self.config = config
         self.resume_from = resume_from
-        self.reward_driven = reward_driven
+        self.reward_driven, self.measure_reward = reward_driven, measure_reward
         self.pruner: Pruner | None = None
+        self.report: TrainingReport | None = None
+        self._seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,10 +90,13 @@ class MamaPruningCallback(TrainerCallback):
             generation_alignment(args),
             self.reward_driven,
             args.seed,
+            self._reward_check(),
         )
         _check_best_model(args, state, self.pruner)
         if state.global_step > 0:
             load_state(self.pruner, self._resume_folder(args, state), state.global_step)
+        elif self.pruner.check is not None:
+            self.pruner.check.begin()
         self.pruner.attach(model)
         save_recipe_with(model)
         describe(model, self.config, self.pruner.sparsity)
@@ -84,18 +104,22 @@ class MamaPruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._running().observe()
+        with self._timed():
+            self._running().observe()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._running().hold()
+        with self._timed():
+            self._running().hold()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         pruner = self._running()
-        if pruner.update(state.global_step):
+        with self._timed():
+            has_changed = pruner.update(state.global_step)
+        if has_changed:
             describe(kwargs["model"], self.config, pruner.sparsity)
         best = state.best_global_step
         if args.load_best_model_at_end and best is not None and not pruner.is_final(best):
@@ -112,11 +136,18 @@ class MamaPruningCallback(TrainerCallback):
     ) -> None:
         if self.pruner is None or logs is None or "loss" not in logs:
             return
-        values = {
+        values: dict[str, Any] = {
             "pruning/sparsity": self.pruner.sparsity,
             "pruning/target": self.pruner.target_sparsity(state.global_step),
             "pruning/changed": self.pruner.changed,
         }
+        if self.pruner.check is not None:
+            check = self.pruner.check.state
+            values |= {
+                "pruning/reward_check": check.last,
+                "pruning/rollbacks": check.num_rollbacks,
+                "pruning/held": check.num_held,
+            }
         logs.update(values)
         state.log_history[-1].update(values)
 
@@ -142,13 +173,57 @@ class MamaPruningCallback(TrainerCallback):
             )
         if not pruner.is_final(state.global_step):
             logger.warning(
-                "Training stopped at step %d with %.4f of the targeted weights pruned; the final sparsity of %.4f is "
-                "due at step %d. Resume from the last checkpoint to get there.",
+                "Training stopped at step %d with %.4f of the targeted weights pruned; pruning to final_sparsity=%s "
+                "ends at step %d. Resume from the last checkpoint to get there.",
                 state.global_step,
                 pruner.sparsity,
                 self.config.final_sparsity,
                 pruner.schedule.final_step,
             )
+        elif pruner.is_short and self.config.final_sparsity != "auto":
+            logger.warning(
+                "The reward check stopped pruning at %.4f of the targeted weights; final_sparsity=%s was asked for. "
+                "Raise reward_tolerance or train for longer.",
+                pruner.sparsity,
+                self.config.final_sparsity,
+            )
+        self._make_report(state)
+
+    def _reward_check(self) -> RewardCheck | None:
+        if self.config.reward_tolerance is None:
+            return None
+        assert self.measure_reward is not None, "checked in __init__"
+        return RewardCheck(self.config.reward_tolerance, self.measure_reward)
+
+    def _make_report(self, state: TrainerState) -> None:
+        """What came of it, with the reward of the held-out prompts, or else of the first and last training batch."""
+        pruner = self._running()
+        rewards: list[float | None] = [
+            entry["pruning/reward"] for entry in state.log_history if "pruning/reward" in entry
+        ]
+        check = RewardState() if pruner.check is None else pruner.check.state
+        with self._timed():
+            if pruner.check is not None:
+                rewards = [check.first, pruner.check.measure()]
+        self.report = TrainingReport(
+            asked=self.config.final_sparsity,
+            reached=pruner.sparsity,
+            reward_before=rewards[0] if rewards else None,
+            reward_after=rewards[-1] if rewards else None,
+            stopped_by=pruner.stopped_by(state.global_step),
+            num_rollbacks=check.num_rollbacks,
+            num_held=check.num_held,
+            num_checks=check.num_checks,
+            seconds=self._seconds,
+        )
+        if state.is_world_process_zero:
+            logger.info("%s", self.report)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - begin
 
     def _running(self) -> Pruner:
         assert self.pruner is not None, "the trainer calls on_train_begin first"

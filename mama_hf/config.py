@@ -18,6 +18,7 @@ from .version import __version__
 
 CONFIG_NAME = "pruning_config.json"
 FORMAT_VERSION = 1
+AUTO_CEILING = 0.95  # what final_sparsity="auto" aims at; the reward check stops before it
 
 ScheduleName = Literal["cubic", "linear", "one-shot"]
 CriterionName = Literal[
@@ -38,7 +39,8 @@ class MamaPruningConfig:
 
     Args:
         final_sparsity (`float`, *optional*, defaults to 0.5):
-            Fraction of zeros in the targeted weights when pruning ends, in [0, 1).
+            Fraction of zeros in the targeted weights when pruning ends, in [0, 1); or `"auto"`: as many as
+            `reward_tolerance` allows, at most 0.95.
         initial_sparsity (`float`, *optional*, defaults to 0.0):
             Fraction of zeros right at `start`.
         schedule (`str`, *optional*, defaults to `"cubic"`):
@@ -66,9 +68,11 @@ class MamaPruningConfig:
         move_values (`str`, *optional*, defaults to `"none"`):
             Where the value of a pruned weight goes: `"none"`, `"mean"` (its row's kept weights, evenly), `"bias"`
             (W_pruned E[x]) or `"least_squares"` (the kept weights of its row, such that the layer's output changes
-            least). All but `"none"` only in [`prune_model`].
+            least).
         reward_tolerance (`float`, *optional*):
-            Largest fall of the reward that a mask update may cause. Not built so far.
+            How far, in units of the reward and in (0, 1], the mean reward on held-out prompts may lie below the best
+            one so far: a mask update that goes beyond is taken back, and a smaller step is tried later. `None`: no
+            check. Only in [`MamaGRPOTrainer`].
         distillation_weight (`float`, *optional*, defaults to 0.0):
             What the trainer's loss gets on top: this times the divergence from the `teacher_model`, per token as the
             loss is. 0: no teacher. Only in [`MamaGRPOTrainer`], [`MamaSFTTrainer`] and [`MamaTrainer`].
@@ -94,7 +98,8 @@ class MamaPruningConfig:
     # `str | None` beside the numbers makes HfArgumentParser hand over text, which tells the step 1 from the fraction
     # 1.0. None is refused.
     final_sparsity: float | str | None = field(
-        default=0.5, metadata={"help": "Fraction of zeros in the targeted weights when pruning ends, in [0, 1)."}
+        default=0.5,
+        metadata={"help": "Fraction of zeros when pruning ends, in [0, 1), or auto with reward_tolerance."},
     )
     initial_sparsity: float = field(default=0.0, metadata={"help": "Fraction of zeros right at `start`."})
     schedule: ScheduleName = field(
@@ -152,6 +157,7 @@ class MamaPruningConfig:
         self._refuse_what_is_not_built()
         self._check_choices()
         self._check_combinations()
+        self._check_reward_tolerance()
         self._check_sparsity()
         self._check_steps()
         self._check_distillation()
@@ -173,12 +179,10 @@ class MamaPruningConfig:
 
     def _refuse_what_is_not_built(self) -> None:
         missing = {
-            "final_sparsity": (self.final_sparsity == "auto", "a number in [0, 1)"),
             "granularity": (
                 self.granularity in ("neuron", "head", "neuron+head", "layer"),
                 '"unstructured" or an N:M pattern such as "2:4"',
             ),
-            "reward_tolerance": (self.reward_tolerance is not None, "None"),
         }
         for name, (asked, instead) in missing.items():
             if asked:
@@ -209,16 +213,42 @@ class MamaPruningConfig:
                 "fixes it, nor with scope='global', which shares it already. Set allocation=\"uniform\"."
             )
 
+    def _check_reward_tolerance(self) -> None:
+        tolerance = self.reward_tolerance
+        if tolerance is not None and not (_is_number(tolerance) and 0 < tolerance <= 1):
+            raise ValueError(
+                f"reward_tolerance={tolerance!r} must be in (0, 1], in units of the reward, or None for no check. "
+                "Rewards on a larger scale can be divided in the reward function."
+            )
+        if self.final_sparsity == "auto" and tolerance is None:
+            raise ValueError(
+                "final_sparsity='auto' prunes as far as the reward allows, and needs reward_tolerance to know how far "
+                "it may fall. Set reward_tolerance, for example to 0.05, or final_sparsity to a number."
+            )
+        if self.final_sparsity == "auto" and self.n_of_m is not None:
+            kept, group = self.n_of_m
+            raise ValueError(
+                f"final_sparsity='auto' does not go with granularity={self.granularity!r}, which fixes the sparsity. "
+                f"Set final_sparsity={1 - kept / group:g}."
+            )
+        if tolerance is not None and self.schedule == "one-shot":
+            raise ValueError(
+                "reward_tolerance does not go with schedule='one-shot': after a roll-back there is no later update to "
+                'try a smaller step in. Set schedule="cubic".'
+            )
+
     def _check_sparsity(self) -> None:
         for name in ("final_sparsity", "initial_sparsity"):
             value = getattr(self, name)
+            if name == "final_sparsity" and value == "auto":
+                continue
             if not (_is_number(value) and math.isfinite(value) and 0 <= value < 1):
                 hint = f" If you meant percent, set {value / 100:g}." if _is_number(value) and 1 < value <= 100 else ""
                 raise ValueError(f"{name}={value!r} must be a fraction of zeros in [0, 1).{hint}")
-        final = cast(float, self.final_sparsity)
+        final = AUTO_CEILING if self.final_sparsity == "auto" else cast(float, self.final_sparsity)
         if self.initial_sparsity > final:
             raise ValueError(
-                f"initial_sparsity={self.initial_sparsity} is above final_sparsity={self.final_sparsity}: a pruned "
+                f"initial_sparsity={self.initial_sparsity} is above final_sparsity={final}: a pruned "
                 "model does not get denser. Lower the first or raise the second."
             )
         if self.n_of_m is not None:

@@ -1,14 +1,17 @@
 """`MamaGRPOTrainer`: TRL's GRPOTrainer with a pruner that hears of the rewards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from .callback import MamaPruningCallback
 from .config import MamaPruningConfig
 from .distillation import DistillationMixin
+from .heldout import HeldOutReward, check_rows, hold_out
 from .targets import LoraTarget, find_targets
 
 
@@ -27,11 +30,15 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
 
     Args:
         pruning_config (`MamaPruningConfig`, *optional*): the recipe.
+        pruning_eval_dataset (`Dataset` or `list[dict]`, *optional*):
+            held-out prompts for `reward_tolerance`, with the columns of the train set. `None`: its last rows, taken
+            out of training (5 %, at most 16 to 64; see `hold_out`).
         teacher_model (*optional*): as in [`DistillationMixin`]; the completions' tokens are distilled.
         args, kwargs: as in [`~trl.GRPOTrainer`].
 
     Raises:
-        `ValueError`: for a second pruning callback, LoRA with `beta > 0`, or a teacher that does not fit.
+        `ValueError`: for a second pruning callback, LoRA with `beta > 0`, a teacher that does not fit, or held-out
+            prompts that can't be had.
     """
 
     _tag_names = ["trl", "grpo", "mama"]
@@ -40,9 +47,14 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
         self,
         *args: Any,
         pruning_config: MamaPruningConfig | None = None,
+        pruning_eval_dataset: Dataset | list[dict[str, Any]] | None = None,
         teacher_model: Any = None,
         **kwargs: Any,
     ) -> None:
+        if pruning_eval_dataset is not None and (pruning_config is None or pruning_config.reward_tolerance is None):
+            raise ValueError(
+                "pruning_eval_dataset is for the reward check: set reward_tolerance in pruning_config, or drop it."
+            )
         super().__init__(*args, **kwargs)
         self.pruning_callback: MamaPruningCallback | None = None
         self.set_teacher(pruning_config, teacher_model)
@@ -57,10 +69,17 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
                 f"beta={self.beta} does not go with pruning through LoRA: TRL's reference is the model with the "
                 "adapter switched off, and pruning rewrites that base. Set beta=0 or train without LoRA."
             )
+        measure = None if pruning_config.reward_tolerance is None else self._held_out_reward(pruning_eval_dataset)
         self.pruning_callback = MamaPruningCallback(
-            pruning_config, reward_driven=True, has_teacher=self.teacher is not None
+            pruning_config, reward_driven=True, has_teacher=self.teacher is not None, measure_reward=measure
         )
         self.add_callback(self.pruning_callback)
+
+    def _held_out_reward(self, dataset: Dataset | list[dict[str, Any]] | None) -> Callable[[], float]:
+        if dataset is None:
+            self.train_dataset, dataset = hold_out(self.train_dataset, vars(self.args)["generation_batch_size"])
+        check_rows(dataset)
+        return HeldOutReward(self, dataset).measure
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         outputs = super()._generate_and_score_completions(inputs)

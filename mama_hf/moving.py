@@ -121,6 +121,15 @@ class ValueMover:
                     tensor.zero_()
             inputs.num_tokens = count
 
+    def save(self, initial: Sequence[Tensor | None] | None = None) -> list[tuple[Tensor, Any, Tensor]]:
+        """Copies of all that `move_` may change, for `restore_values_`."""
+        if self.rule == "none":
+            return []
+        tensors: list[Any] = [target.parameter for target in self.targets] + list(initial or [])
+        if self.rule == "bias":
+            tensors += [target.module.bias for target in self.targets]
+        return [(tensor, ..., tensor.data.clone()) for tensor in tensors]
+
     @torch.no_grad()
     def move_(self, masks: Sequence[Tensor], initial: Sequence[Tensor | None] | None = None) -> None:
         """

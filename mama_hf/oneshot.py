@@ -122,6 +122,8 @@ def _check_recipe(recipe: MamaPruningConfig) -> None:
         "scope": (recipe.scope == "global", '"layer", "row" or None (allocation="owl" lets layers differ)'),
         "regrowth": (recipe.regrowth != 0, "0.0"),
         "distillation_weight": (recipe.distillation_weight != 0, "0.0"),
+        "final_sparsity": (recipe.final_sparsity == "auto", "a number, and reward_tolerance=None"),
+        "reward_tolerance": (recipe.reward_tolerance is not None, "None"),
     }
     for name, (asked, instead) in refused.items():
         if asked:

@@ -10,10 +10,11 @@ from .config import MamaPruningConfig
 from .criteria import CRITERIA, score
 from .masks import select
 from .moving import COLLECT_STEPS, ValueMover
+from .reward_check import RewardCheck
 from .schedule import resolve_schedule
 from .statistics import DEFAULT_EMA_DECAY, Statistics
 from .targets import LoraTarget, find_targets
-from .values import apply_masks_, check_optimizer
+from .values import Saved, apply_masks_, check_optimizer, restore_values_, save_values
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Pruner:
             batches may carry no signal and be left out (`has_signal`), so that Adam's state, which decays with each
             of them, can't serve as a statistic.
         seed (`int`, *optional*, defaults to 0): of the "random" criterion.
+        check (`RewardCheck`, *optional*): decides which updates are made and which of them stay.
 
     Raises:
         `ValueError`: for a recipe that does not fit the model, the run or the optimizer.
@@ -48,9 +50,10 @@ class Pruner:
         alignment: int = 1,
         reward_driven: bool = False,
         seed: int = 0,
+        check: RewardCheck | None = None,
     ) -> None:
         _check_trainable(config)
-        self.config, self.optimizer = config, optimizer
+        self.config, self.optimizer, self.check = config, optimizer, check
         self.schedule = resolve_schedule(config, max_steps, alignment)
         self.targets = find_targets(model, config)
         self.criterion = CRITERIA[config.criterion]
@@ -67,6 +70,7 @@ class Pruner:
         self.has_signal, self._is_fresh = True, False
         self.num_pruned = 0
         self.changed = 0.0
+        self._before: tuple[list[Tensor] | None, float, Saved] | None = None
         self.num_weights = sum(target.parameter.numel() for target in self.targets)
         self._is_held = self._hold_what_is_sparse()
         self.mover.is_collecting = self._is_update_near(0)
@@ -127,6 +131,19 @@ class Pruner:
         """Whether the final sparsity has been reached by `step`, so that the masks won't change any more."""
         return self._is_held or step >= self.schedule.final_step
 
+    @property
+    def is_short(self) -> bool:
+        """Whether fewer weights are pruned than asked for in the end."""
+        return not self._is_held and self.num_pruned < self._num_zeros_asked(self.scope)
+
+    def stopped_by(self, step: int) -> str:
+        """Why the sparsity is what it is after `step`, in words."""
+        if not self.is_final(step):
+            return f"training, at step {step} of the {self.schedule.final_step} that pruning takes"
+        if not self.is_short:
+            return "the final sparsity" if self.config.final_sparsity != "auto" else "the ceiling of 'auto'"
+        return "the reward check"
+
     def target_sparsity(self, step: int) -> float:
         """What the schedule asks for after `step`."""
         return self.sparsity if self._is_held else self.schedule.sparsity(step)
@@ -175,20 +192,56 @@ class Pruner:
         self.mover.is_collecting = self._is_update_near(step)
         if self._is_held or not self.schedule.is_update(step):
             return False
-        sparsity = self.schedule.sparsity(step)
-        if round(sparsity * self.num_weights) == 0:
+        sparsity = self._allowed(self.schedule.sparsity(step))
+        if sparsity is None:
             return False
-        before = self.masks
         swap = self.config.regrowth * (self.schedule.end - step) / max(1, self.schedule.end - self.schedule.start)
-        masks = self._select(sparsity, max(0.0, swap), step)
+        reached = self.sparsity
+        self._change_masks(self._select(sparsity, max(0.0, swap), step))
+        if self.check is not None and not self.check.accept(self.sparsity - reached):
+            self.rollback()
+            return False
+        self._before = None
+        return True
+
+    def _allowed(self, target: float) -> float | None:
+        """The sparsity for this update, of the `target` that the schedule asks for; `None`: no update."""
+        count = round(target * self.num_weights)
+        if self.check is None or count == 0:
+            return target if count > 0 else None
+        if count == self.num_pruned and self.config.regrowth == 0:  # nothing would change: no need to measure
+            return None
+        return self.check.propose(self.sparsity, target)
+
+    def _change_masks(self, masks: list[Tensor]) -> None:
+        """Put the masks in force. With a reward check, what gets lost is kept until its decision."""
+        before, changed = self.masks, self.changed
+        initial = self.statistics.accumulators.get("initial_weight")
+        if self.check is not None:
+            gone = [~mask for mask in masks] if before is None else [old & ~new for old, new in zip(before, masks)]
+            saved = save_values(self.targets, gone, self.optimizer) + self.mover.save(initial)
+            self._before = before, changed, saved
         self._set_masks(masks)
-        self.mover.move_(masks, self.statistics.accumulators.get("initial_weight"))
+        self.mover.move_(masks, initial)
         apply_masks_(self.targets, masks, self.optimizer)
         flipped = (
             self.num_pruned if before is None else sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks))
         )
         self.changed = flipped / self.num_weights
-        return True
+
+    def rollback(self) -> None:
+        """
+        Take the newest mask update back, bit for bit: weights, optimizer state and masks. An update does not touch
+        the statistics. Only between an update and the decision of the reward check.
+        """
+        assert self._before is not None, "there is an update to take back"
+        masks, self.changed, saved = self._before
+        self._before = None
+        restore_values_(saved)
+        if masks is None:
+            self.masks, self.num_pruned = None, 0
+        else:
+            self._set_masks(masks)
 
     def _is_update_near(self, step: int) -> bool:
         """Whether the inputs of the step after `step` count for the next mask update."""
@@ -233,12 +286,14 @@ class Pruner:
         if self.masks is not None:
             tensors |= {f"mask.{target.name}": mask for target, mask in zip(self.targets, self.masks)}
         tensors |= {f"moving.{key}": value for key, value in self.mover.state_dict().items()}
-        values = {
+        values: dict[str, Any] = {
             "changed": self.changed,
             "has_signal": self.has_signal,
             "is_held": self._is_held,
             "is_collecting": self.mover.is_collecting,
         }
+        if self.check is not None:
+            values["reward_check"] = self.check.state_dict()
         return tensors, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -258,6 +313,8 @@ class Pruner:
             self._set_masks([tensors[name].to(t.parameter.device) for name, t in zip(names, self.targets)])
         self.changed, self.has_signal = values["changed"], values["has_signal"]
         self._is_held, self.mover.is_collecting = values["is_held"], values["is_collecting"]
+        if self.check is not None:
+            self.check.load_state_dict(values["reward_check"])
         self.hold()
 
 

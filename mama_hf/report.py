@@ -90,6 +90,31 @@ class OneShotReport(dict):
         return _text(table)
 
 
+class TrainingReport(dict):
+    """
+    What came of pruning while training: a dict with the keys `asked` (`final_sparsity`), `reached`, `reward_before`,
+    `reward_after` (`None` without rewards), `stopped_by` (in words), `num_rollbacks`, `num_held`, `num_checks`, and
+    `seconds` spent on pruning since training began or was resumed. `print(report)` shows a table.
+    """
+
+    def __str__(self) -> str:
+        table = Table(title="Pruning", title_justify="left", show_header=False)
+        texts = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in self.items()}
+        rows = {
+            "sparsity asked": texts["asked"],
+            "sparsity reached": texts["reached"],
+            "reward before": texts["reward_before"],
+            "reward after": texts["reward_after"],
+            "stopped by": texts["stopped_by"],
+            "updates taken back, left out": f"{texts['num_rollbacks']}, {texts['num_held']}",
+            "reward checks": texts["num_checks"],
+            "seconds in pruning": f"{self['seconds']:.1f}",
+        }
+        for row in rows.items():
+            table.add_row(*row)
+        return _text(table)
+
+
 def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
     """
     Count the zeros of a model, or of the files in a folder, packed or not, without loading it whole.

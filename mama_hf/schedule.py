@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from .config import MamaPruningConfig
+from .config import AUTO_CEILING, MamaPruningConfig
 
 
 # Progress in [0, 1] -> share of the way from the initial to the final sparsity.
@@ -106,6 +106,6 @@ def resolve_schedule(config: MamaPruningConfig, max_steps: int, alignment: int =
         start=first,
         end=last,
         initial_sparsity=config.initial_sparsity,
-        final_sparsity=cast(float, config.final_sparsity),
+        final_sparsity=AUTO_CEILING if config.final_sparsity == "auto" else cast(float, config.final_sparsity),
         update_every=math.ceil(every / alignment) * alignment,
     )

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,38 @@ def momenta(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[T
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor) and value.shape == parameter.shape and key not in _SCALES
     ]
+
+
+Saved = list[tuple[Tensor, Any, Tensor]]
+
+
+@torch.no_grad()
+def save_values(targets: Sequence[Target], gone: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> Saved:
+    """
+    Copy what is lost when the entries `gone` are masked: these entries of the weights and of their momenta. For LoRA
+    it is the whole base weight, of which every pruned entry changes.
+
+    Args:
+        gone (`Sequence[torch.Tensor]`): bool, of the parameters' shapes; True where a kept entry will be pruned.
+
+    Returns:
+        `list`: (tensor, index, the values there), for `restore_values_`.
+    """
+    saved: Saved = []
+    for target, index in zip(targets, gone):
+        if isinstance(target, LoraTarget):
+            saved.append((target.parameter, ..., target.parameter.data))  # masking it makes a new tensor
+            continue
+        state = momenta(optimizer, target.parameter) if optimizer is not None else []
+        saved += [(tensor, index, tensor.data[index]) for tensor in (target.parameter, *state)]
+    return saved
+
+
+@torch.no_grad()
+def restore_values_(saved: Saved) -> None:
+    """Put back what `save_values` copied."""
+    for tensor, index, values in saved:
+        tensor.data[index] = values
 
 
 @torch.no_grad()

@@ -352,7 +352,14 @@ def test_nan_activations_in_the_last_block_change_nothing(recipe):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"criterion": "taylor"}, {"criterion": "movement"}, {"scope": "global"}, {"regrowth": 0.1}],
+    [
+        {"criterion": "taylor"},
+        {"criterion": "movement"},
+        {"scope": "global"},
+        {"regrowth": 0.1},
+        {"reward_tolerance": 0.1},
+        {"final_sparsity": "auto", "reward_tolerance": 0.1},
+    ],
 )
 def test_recipes_that_need_training_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -1,0 +1,132 @@
+"""Whether a mask update may stay, decided by the reward on held-out prompts. Pure numbers: no tensor, no trainer."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+HOLD_UPDATES = 2  # updates left out after a roll-back: training recovers meanwhile
+BACK_OFF = 0.5  # the next step of the sparsity, as a share of the one that was rolled back
+SPEED_UP = 1.25  # growth of the step after each update that stays
+MIN_STEP = 0.002  # smallest step of the sparsity that is tried
+ROUNDING = 1e-6  # of a mean of fp32 rewards
+
+
+@dataclass
+class RewardState:
+    """
+    What a check remembers, as JSON types.
+
+    Args:
+        first (`float`, *optional*): reward before training.
+        best (`float`, *optional*): running best of all checks.
+        last (`float`, *optional*): reward at the newest check.
+        step_limit (`float`, *optional*): largest rise of the sparsity at the next update; `None`: no limit.
+        hold_left (`int`): updates still to be left out.
+        num_checks, num_rollbacks, num_held (`int`): measurements, updates taken back, updates left out.
+    """
+
+    first: float | None = None
+    best: float | None = None
+    last: float | None = None
+    step_limit: float | None = None
+    hold_left: int = 0
+    num_checks: int = 0
+    num_rollbacks: int = 0
+    num_held: int = 0
+
+
+class RewardCheck:
+    """
+    A running best, a tolerance and a step size.
+
+    Before an update the reward is measured, since training lies between it and the last one: below the running best by
+    more than the tolerance, the update is left out, and training goes on with the masks as they are. After an update
+    it is measured again: below by more than the tolerance, the update must be taken back. Then `HOLD_UPDATES` updates
+    are left out, and the next step is half as large; each update that stays makes it larger again.
+
+    Every rank of a distributed run must measure the same number, so that all decide the same.
+
+    Args:
+        tolerance (`float`): largest fall below the running best, in units of the reward.
+        measure (`Callable`): () -> mean reward on the held-out prompts, NaN where no reward was given.
+    """
+
+    def __init__(self, tolerance: float, measure: Callable[[], float]) -> None:
+        self.tolerance, self.measure = tolerance, measure
+        self.state = RewardState()
+
+    def begin(self) -> None:
+        """
+        Measure the reward before training.
+
+        Raises:
+            `ValueError`: if it is not a finite number.
+        """
+        if not self._is_good():
+            raise ValueError(
+                f"The reward functions gave {self.state.last} as mean reward of the held-out prompts, and "
+                "reward_tolerance needs a finite one to compare with. Return a number for at least one of their "
+                "completions, or set reward_tolerance=None."
+            )
+        self.state.first = self.state.last
+
+    def propose(self, sparsity: float, target: float) -> float | None:
+        """
+        The sparsity that the update due now should try; `None`: leave the update out.
+
+        Args:
+            sparsity (`float`): where the masks are.
+            target (`float`): what the schedule asks for.
+        """
+        state = self.state
+        if state.hold_left > 0 or not self._is_good():
+            state.hold_left = max(0, state.hold_left - 1)
+            state.num_held += 1
+            return None
+        return target if state.step_limit is None else min(target, sparsity + state.step_limit)
+
+    def accept(self, step_size: float) -> bool:
+        """
+        Measure right after an update: whether it may stay.
+
+        Args:
+            step_size (`float`): by how much it has raised the sparsity.
+        """
+        state = self.state
+        if self._is_good():
+            if state.step_limit is not None:
+                state.step_limit *= SPEED_UP
+            return True
+        state.num_rollbacks += 1
+        state.hold_left = HOLD_UPDATES
+        state.step_limit = max(MIN_STEP, step_size * BACK_OFF)
+        return False
+
+    def _is_good(self) -> bool:
+        """Measure, and compare with the running best."""
+        state = self.state
+        state.last = self.measure()
+        state.num_checks += 1
+        if not math.isfinite(state.last):
+            if state.best is not None:
+                logger.warning(
+                    "The reward check got %s from the reward functions. The mask update is left out.", state.last
+                )
+            return False
+        if state.best is None or state.last > state.best:
+            state.best = state.last
+        return state.best - state.last <= self.tolerance + ROUNDING
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return dataclasses.asdict(self.state)
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.state = RewardState(**values)
