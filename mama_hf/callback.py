@@ -171,21 +171,22 @@ class MamaPruningCallback(TrainerCallback):
                 "The model is sparse in the sum of base and adapter: serve model.merge_and_unload(). The adapter by "
                 "itself, loaded on the dense base, is not sparse."
             )
+        asked = self.config.final_sparsity
         if not pruner.is_final(state.global_step):
             logger.warning(
-                "Training stopped at step %d with %.4f of the targeted weights pruned; pruning to final_sparsity=%s "
-                "ends at step %d. Resume from the last checkpoint to get there.",
+                "Training stopped at step %d with %.4f of the targeted weights pruned; pruning to a final sparsity of "
+                "%s ends at step %d. Resume from the last checkpoint to get there.",
                 state.global_step,
                 pruner.sparsity,
-                self.config.final_sparsity,
+                f"{asked:.4f}" if isinstance(asked, float) else asked,
                 pruner.schedule.final_step,
             )
-        elif pruner.is_short and self.config.final_sparsity != "auto":
+        elif pruner.is_short and asked != "auto":
             logger.warning(
                 "The reward check stopped pruning at %.4f of the targeted weights; final_sparsity=%s was asked for. "
                 "Raise reward_tolerance or train for longer.",
                 pruner.sparsity,
-                self.config.final_sparsity,
+                asked,
             )
         self._make_report(state)
 

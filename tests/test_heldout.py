@@ -332,7 +332,7 @@ def test_stopping_early_with_auto_warns(model: PreTrainedModel, make_trainer: Tr
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "Training stopped at step 4" in caplog.text
-    assert "final_sparsity=auto ends at step 8" in caplog.text
+    assert "final sparsity of auto ends at step 8" in caplog.text
     assert trainer.pruning_callback.report["stopped_by"] == "training, at step 4 of the 8 that pruning takes"
 
 
