@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"config", "pruner", "version"},
     "callback": {"checkpoint", "config", "pruner"},
     "grpo": {"callback", "config", "targets"},
+    "shrink": {"coupling", "modeling_mama"},
     "cli": {"report", "version"},
     "solvers": set(),
     "allocation": set(),
@@ -40,7 +41,10 @@ ARROWS: dict[str, set[str]] = {
         *("allocation", "blocks", "calibration", "config", "dense", "report", "resume", "rules", "solvers", "targets"),
     },
     "oneshot": {"blocks", "calibration", "checkpoint", "config", "engine", "report", "resume", "rules", "targets"},
-    "__init__": {"calibration", "callback", "config", "criteria", "grpo", "masks", "oneshot", "report", "version"},
+    "__init__": {
+        *("calibration", "callback", "config", "criteria", "grpo", "masks", "modeling_mama", "oneshot", "report"),
+        *("shrink", "version"),
+    },
 }
 
 # module -> libraries that it may not import, or names in them
@@ -60,6 +64,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "checkpoint": {"trl", "transformers.Trainer", "transformers.trainer", "pickle"},
     "callback": {"trl", "transformers.Trainer", "transformers.trainer"},
     "grpo": set(),
+    "shrink": {"trl", "peft", "transformers.Trainer", "transformers.trainer"},
     "cli": {"trl", "transformers", "torch"},
     "solvers": {"trl", "transformers", "torch.nn"},
     "allocation": {"trl", "transformers"},
