@@ -5,7 +5,7 @@ Shapes: O = out, I = in, G = coupled groups of a layer (FFN neurons, or key-valu
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -370,8 +370,7 @@ MODEL_CLASSES: dict[Any, type[MamaPreTrainedModel]] = {
 }
 
 
-@functools.cache
-def _model_class(cls: Any, config_class: Any) -> Any:
+def _derive(cls: Any, config_class: Any) -> Any:
     """The subclass of a class above and of the native class that goes with a config; itself if it is one already."""
     if cls not in MODEL_CLASSES.values():
         return cls
@@ -383,6 +382,9 @@ def _model_class(cls: Any, config_class: Any) -> Any:
         )
     values = {"__module__": __name__, "__qualname__": cls.__name__, "config_class": config_class}
     return type(cls.__name__, (cls, cls.native_classes[native]), values)
+
+
+_model_class: Callable[[Any, Any], Any] = functools.cache(_derive)
 
 
 def _resize(model: PreTrainedModel) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from mama_hf.coupling import CoupledGroups, find_coupled_groups
+
 
 _DECODER = {
     "vocab_size": 64,
@@ -89,3 +91,25 @@ def make_family(name: str, **config: Any) -> PreTrainedModel:
 def random_ids(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Token ids [rows, length], none of them special."""
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+Cut = dict[tuple[int, str], Any]
+# groups to cut, by (layer, kind)
+UNEVEN: Cut = {(0, "neuron"): range(2, 15), (1, "neuron"): [0, 9], (0, "head"): [1], (1, "head"): [0, 3]}
+
+
+def mask_(model: PreTrainedModel, cut: Cut, parts: tuple[str, ...] = ("readers", "writers")) -> list[CoupledGroups]:
+    """Zero the groups of `cut`; returns all groups."""
+    groups = find_coupled_groups(model, "neuron+head")
+    for group in groups:
+        for member in (member for part in parts for member in getattr(group, part)):
+            gone = member.index[list(cut.get((group.layer, group.kind), []))].flatten()
+            member.parameter.data.index_fill_(member.dim, gone, 0.0)
+    return groups
+
+
+def masked(name: str, cut: Cut = UNEVEN, **config: Any) -> PreTrainedModel:
+    """A tiny model with the groups of `cut` at zero."""
+    model = make_family(name, **config)
+    mask_(model, cut)
+    return model

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from families import DECODERS, ENCODERS, FAMILY_MODELS, make_family, random_ids
+from families import DECODERS, ENCODERS, FAMILY_MODELS, UNEVEN, Cut, make_family, mask_, masked, random_ids
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -15,27 +14,8 @@ from mama_hf.coupling import CoupledGroups, find_coupled_groups
 from mama_hf.modeling_mama import MamaConfig, MamaForMaskedLM, MamaModel, family_of
 
 
-# groups to cut, by (layer, kind)
-UNEVEN = {(0, "neuron"): range(2, 15), (1, "neuron"): [0, 9], (0, "head"): [1], (1, "head"): [0, 3]}
 NEURONS = {(0, "neuron"): range(8, 16), (1, "neuron"): range(8)}
 HEADS = {(0, "head"): [0, 2], (1, "head"): [1, 3]}
-Cut = dict[tuple[int, str], Any]
-
-
-def mask_(model: PreTrainedModel, cut: Cut, parts: tuple[str, ...] = ("readers", "writers")) -> list[CoupledGroups]:
-    """Zero the groups of `cut`; returns all groups."""
-    groups = find_coupled_groups(model, "neuron+head")
-    for group in groups:
-        for member in (member for part in parts for member in getattr(group, part)):
-            gone = member.index[list(cut.get((group.layer, group.kind), []))].flatten()
-            member.parameter.data.index_fill_(member.dim, gone, 0.0)
-    return groups
-
-
-def masked(name: str, cut: Cut, **config: Any) -> PreTrainedModel:
-    model = make_family(name, **config)
-    mask_(model, cut)
-    return model
 
 
 def padded() -> dict[str, torch.Tensor]:
