@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "criteria": set(),
     "masks": set(),
     "values": {"targets"},
-    "report": {"checkpoint", "config", "targets"},
+    "report": {"checkpoint", "config", "modeling_mama", "targets"},
     "pruner": {"config", "criteria", "masks", "schedule", "statistics", "targets", "values"},
     "checkpoint": {"config", "pruner", "version"},
     "callback": {"checkpoint", "config", "pruner"},

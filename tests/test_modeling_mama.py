@@ -203,6 +203,11 @@ def test_shards_and_tied_weights(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
 
 
+def test_report_of_a_folder(folder: Path, small: PreTrainedModel) -> None:
+    assert sparsity_report(folder)["total"] == sparsity_report(small)["total"]
+    assert sparsity_report(folder)["layers"]["model.layers.1.mlp.up_proj.weight"]["shape"] == [22, 32]
+
+
 def test_classification(small: PreTrainedModel, folder: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
     assert isinstance(model, MamaForSequenceClassification)
