@@ -1,5 +1,6 @@
 """
-Models whose layers differ in width, in one file that imports nothing of this package: it ships beside the weights.
+Models whose layers differ in width. It is one file, however long, that imports nothing of this package: it ships
+beside the weights, for those who load them without the package.
 
 Shapes: O = out, I = in, G = coupled groups of a layer (FFN neurons, or key-value heads with their query heads).
 """
@@ -242,7 +243,7 @@ class MamaConfig(PreTrainedConfig):
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
-        given = {str(int(key)): sizes for key, sizes in value.items()}
+        given = {str(key): sizes for key, sizes in value.items()}
         expected = [str(index) for index in range(self.num_hidden_layers)]
         if missing := [key for key in expected if key not in given]:
             raise ValueError(f"per_layer_config has no entry for layer {', '.join(missing)}. Each layer needs one.")
@@ -254,6 +255,8 @@ class MamaConfig(PreTrainedConfig):
         self._layers = {key: self._checked(key, given[key]) for key in expected}
 
     def _checked(self, key: str, sizes: dict[str, int]) -> dict[str, int]:
+        if not isinstance(sizes, dict):
+            raise ValueError(f'per_layer_config["{key}"] is {sizes!r}. It must hold {", ".join(SIZES)}.')
         for name in SIZES:
             if type(sizes.get(name)) is not int or sizes[name] < 1:
                 raise ValueError(
@@ -301,8 +304,8 @@ class MamaPreTrainedModel(PreTrainedModel):
     A model of a native class, with layers of the sizes in its `MamaConfig`.
 
     What is made is a subclass of this class *and* of the base model's class. The only changes with respect to the
-    latter are `__init__`, which replaces Linears once they are there, and `from_pretrained`, which names the weights
-    whose shapes do not fit.
+    latter are `__init__`, which replaces Linears once they are there; `from_pretrained`, which names the weights whose
+    shapes do not fit; and `_from_config`, which finds that subclass.
     """
 
     config_class = MamaConfig

@@ -111,6 +111,7 @@ def test_layers_are_seen_as_transformers_sees_them() -> None:
             {"per_layer_config": {**LAYERS, "1": {**LAYERS["1"], "intermediate_size": 0}}},
             r'per_layer_config\["1"\]\["intermediate_size"\] is 0',
         ),
+        ({"per_layer_config": {**LAYERS, "1": 3}}, r'per_layer_config\["1"\] is 3\. It must hold intermediate_size'),
         (
             {"per_layer_config": {**LAYERS, "1": {"intermediate_size": 3}}},
             r'per_layer_config\["1"\]\["num_attention_heads"\] is None',
@@ -241,6 +242,7 @@ if sys.argv[2] == "remote":
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
 ids = torch.tensor(json.loads(sys.argv[3]))
 tokens = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False).tolist()
+model.save_pretrained(sys.argv[1] + "-again")
 print(json.dumps([type(model).__module__, model(input_ids=ids).logits.tolist(), tokens]))
 """
 
@@ -263,6 +265,8 @@ def test_in_a_fresh_process(way: str, folder: Path, small: PreTrainedModel, tmp_
     else:
         assert module == "mama_hf.modeling_mama"
     torch.testing.assert_close(torch.tensor(values), logits(small), rtol=0, atol=1e-6)
+    for file in ("modeling_mama.py", "config.json"):
+        assert (folder.with_name("small-again") / file).read_text() == (folder / file).read_text()
     assert tokens == small.generate(input_ids=ids, max_new_tokens=6, do_sample=False).tolist()
 
 
