@@ -9,17 +9,23 @@ from .criteria import CRITERIA
 from .distillation import DistillationMixin, MamaSFTTrainer, MamaTrainer
 from .grpo import MamaGRPOTrainer
 from .masks import GRANULARITIES
+from .modeling_mama import MamaConfig, MamaForCausalLM
 from .oneshot import prune_model
 from .packed import AUTO_CLASSES, MamaPackedConfig, loader_of, save_packed
 from .report import sparsity_report
+from .shrink import shrink
 from .sparse_inference import sparse_inference
 from .version import __version__
 
+
+AutoConfig.register("mama", MamaConfig)  # the models register with each architecture's config
 
 __all__ = [
     "CRITERIA",
     "GRANULARITIES",
     "DistillationMixin",
+    "MamaConfig",
+    "MamaForCausalLM",
     "MamaGRPOTrainer",
     "MamaPruningCallback",
     "MamaPruningConfig",
@@ -29,6 +35,7 @@ __all__ = [
     "calibration_windows",
     "prune_model",
     "save_packed",
+    "shrink",
     "sparse_inference",
     "sparsity_report",
 ]

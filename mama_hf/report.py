@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from .checkpoint import STATE_NAME
 from .config import MamaPruningConfig
+from .modeling_mama import MODEL_CLASSES
 from .packed import MamaPackedConfig, packed_tensors
 from .targets import Target, matching_targets, plain_name
 
@@ -157,8 +158,10 @@ def _text(table: Table) -> str:
 
 def _skeleton(config: Any) -> Any:
     """The model of a config without memory behind its parameters."""
+    own = {model_class.__name__: model_class for model_class in MODEL_CLASSES.values()}
+    name = config.architectures[0]
     with torch.device("meta"):
-        return getattr(transformers, config.architectures[0])(config)
+        return own[name](config) if name in own else getattr(transformers, name)(config)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -168,10 +168,6 @@ def test_bad_value(values: dict[str, Any], message: str) -> None:
             ({"granularity": value}, '"unstructured" or an N:M pattern')
             for value in ("neuron", "head", "neuron+head", "layer")
         ],
-        ({"reward_tolerance": 0.1}, "None"),
-        ({"reward_tolerance": 0.0}, "None"),
-        ({"distillation_weight": 0.5}, "0.0"),
-        ({"distillation_temperature": 2.0}, "1.0"),
     ],
 )
 def test_not_built_yet(values: dict[str, Any], instead: str) -> None:
