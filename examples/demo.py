@@ -1,10 +1,11 @@
-"""The demo: a model is pre-trained, then post-trained with GRPO, and loses 80 % of its weights on the way.
+"""The demo: a model is pre-trained, then post-trained with GRPO, and loses most of its weights on the way.
 
     make demo                               # or: python examples/demo.py; some minutes on two CPU cores
 
-Three GRPO runs start from the same pre-trained model: dense, pruned by magnitude, and pruned by `mama`, which lets the
-rewards decide. The pruned model is saved, loaded again through the Auto classes and evaluated on held-out prompts. The
-output folder gets `results.json`, `pruning.png` and `model/`.
+Four GRPO runs start from the same pre-trained model: dense, 80 % zeros by magnitude, 80 % by `mama`, which lets the
+rewards decide what goes, and `auto`, where they also decide how much goes. The third model is saved, loaded again
+through the Auto classes and evaluated on held-out prompts, as the others are. The output folder gets `results.json`,
+`pruning.png` and `model/`.
 """
 
 import argparse
@@ -32,13 +33,18 @@ from matplotlib import pyplot
 
 
 SPARSITY = 0.80
-COLORS = {"dense": "tab:gray", "magnitude": "tab:orange", "mama": "tab:blue"}
+TOLERANCE = 0.05  # of the reward, with "auto"
+COLORS = {"dense": "tab:gray", "magnitude": "tab:orange", "mama": "tab:blue", "auto": "tab:green"}
 
 
-def recipe(criterion: str, max_steps: int) -> MamaPruningConfig:
-    """80 % zeros, reached on a cubic schedule; the last quarter of the run recovers with frozen masks."""
-    start, end = round(max_steps * 20 / 150), round(max_steps * 110 / 150)
-    return MamaPruningConfig(final_sparsity=SPARSITY, start=start, end=end, criterion=criterion)
+def recipe(name: str, max_steps: int) -> MamaPruningConfig | None:
+    """Zeros on a cubic schedule; the last quarter of the run recovers with frozen masks."""
+    span: dict[str, Any] = {"start": round(max_steps * 20 / 150), "end": round(max_steps * 110 / 150)}
+    if name == "dense":
+        return None
+    if name == "auto":
+        return MamaPruningConfig(final_sparsity="auto", reward_tolerance=TOLERANCE, **span)
+    return MamaPruningConfig(final_sparsity=SPARSITY, criterion=name, **span)  # type: ignore[arg-type]
 
 
 def post_train(
@@ -94,11 +100,16 @@ def plot(histories: dict[str, list[dict[str, float]]], accuracies: dict[str, flo
         steps = [entry["step"] for entry in history]
         label = f"{name} (held-out accuracy {accuracies[name]:.3f})"
         above.plot(steps, [entry["reward"] for entry in history], color=COLORS[name], label=label)
-    pruned = [entry for entry in histories["mama"] if "pruning/sparsity" in entry]
-    below.plot([entry["step"] for entry in pruned], [entry["pruning/sparsity"] for entry in pruned], color="black")
-    above.set(ylabel="mean training reward", ylim=(-0.03, 1.03), title=f"GRPO on mix6 with {SPARSITY:.0%} zeros")
+    for name in ("mama", "auto"):
+        pruned = [
+            (entry["step"], entry["pruning/sparsity"]) for entry in histories[name] if "pruning/sparsity" in entry
+        ]
+        label = f"{name}, and magnitude" if name == "mama" else name
+        below.plot(*zip(*pruned), color=COLORS[name], label=label)
+    above.set(ylabel="mean training reward", ylim=(-0.03, 1.03), title="GRPO on mix6 while it is pruned")
     above.legend(loc="lower left")
-    below.set(xlabel="optimizer step", ylabel="zeros in the pruned runs", ylim=(-0.03, 1.03))
+    below.legend(loc="lower right")
+    below.set(xlabel="optimizer step", ylabel="zeros", ylim=(-0.03, 1.03))
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -128,8 +139,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {"seed": args.seed, "pretrained": {"accuracy": before}}
     histories = {}
-    for name in ("dense", "magnitude", "mama"):
-        pruning_config = None if name == "dense" else recipe(name, args.steps)
+    for name in COLORS:
+        pruning_config = recipe(name, args.steps)
         model, histories[name] = post_train(
             name, start, tokenizer, pruning_config, args.output_dir, args.seed, args.steps
         )

@@ -1,4 +1,4 @@
-"""The command line: `mama-hf prune`, `mama-hf report`, `mama-hf eval`."""
+"""The command line: `mama-hf prune`, `mama-hf shrink`, `mama-hf report`, `mama-hf eval`."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mama-hf", description="Pruning for Hugging Face models.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_prune, _add_report, _add_eval):
+    for add in (_add_prune, _add_shrink, _add_report, _add_eval):
         add(subparsers)
     arguments = parser.parse_args(argv)
     try:
@@ -56,6 +56,14 @@ def _add_prune(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
     parser.add_argument("--device", help="where blocks are worked on, one by one")
     parser.add_argument("--resume-dir", help="folder for finished blocks: a run that was stopped continues from there")
+
+
+def _add_shrink(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("shrink", help="cut out the neurons and heads that are zero as a whole")
+    parser.set_defaults(run=commands.shrink_model)
+    parser.add_argument("model", help="Hub id or folder of a causal language model")
+    parser.add_argument("output", help="folder for the smaller model")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
 
 
 def _add_report(subparsers: argparse._SubParsersAction) -> None:

@@ -13,6 +13,7 @@ from .config import MamaPruningConfig
 from .evaluation import multiple_choice, perplexity
 from .oneshot import prune_model
 from .report import sparsity_report
+from .shrink import shrink
 
 
 _RECIPE_OPTIONS = (
@@ -60,6 +61,17 @@ def _recipe(arguments: argparse.Namespace) -> MamaPruningConfig:
         values = dataclasses.asdict(MamaPruningConfig.from_pretrained(arguments.recipe))
     given = {name: getattr(arguments, name) for name in _RECIPE_OPTIONS if getattr(arguments, name) is not None}
     return MamaPruningConfig(**{**values, **given})
+
+
+def shrink_model(arguments: argparse.Namespace) -> str:
+    """Cut a model's idle neurons and heads out and save what is left, with its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    small = shrink(model)
+    small.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    before, after = model.num_parameters(), small.num_parameters()
+    return f"{before:,} parameters before, {after:,} after ({after / before:.1%}). {arguments.output} has the model.\n"
 
 
 def report(arguments: argparse.Namespace) -> str:

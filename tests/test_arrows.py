@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"config", "pruner", "version"},
     "callback": {"checkpoint", "config", "pruner", "report", "reward_check"},
     "cli": {"commands", "version"},
-    "commands": {"calibration", "config", "evaluation", "oneshot", "report"},
+    "commands": {"calibration", "config", "evaluation", "oneshot", "report", "shrink"},
     "heads": set(),
     "divergence": {"config", "heads"},
     "teacher": {"callback", "config", "heads", "schedule", "targets"},

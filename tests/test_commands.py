@@ -73,6 +73,19 @@ def test_prune_needs_a_calibration(folder, capsys):
     assert "--calibration is missing" in capsys.readouterr().err
 
 
+def test_shrink_cuts_out_what_is_zero(folder, tiny_llama, capsys):
+    assert main(["shrink", str(folder / "model"), str(folder / "small")]) == 2
+    assert "nothing" in capsys.readouterr().err.lower()
+    for layer in tiny_llama.model.layers:
+        layer.mlp.down_proj.weight.data[:, :32] = 0
+    tiny_llama.save_pretrained(folder / "model")
+    assert main(["shrink", str(folder / "model"), str(folder / "small")]) == 0
+    small = AutoModelForCausalLM.from_pretrained(folder / "small")
+    assert small.config.intermediate_size == 32
+    assert f"{small.num_parameters():,} after" in capsys.readouterr().out
+    assert (folder / "small" / "tokenizer.json").is_file()
+
+
 def test_eval_prints_what_the_functions_return(folder, capsys):
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)), encoding="utf-8")
     text = ["--text", str(folder / "text.txt"), "--window", "32", "--stride", "16"]

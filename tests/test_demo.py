@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def test_a_short_demo_writes_its_results_model_and_plot(tmp_path):
     demo.main(["--output-dir", str(tmp_path), "--pretraining-steps", "2", "--steps", "8"])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"seed", "pretrained", "dense", "magnitude", "mama", "seconds", "versions"}
+    assert set(results) == {"seed", "pretrained", "dense", "magnitude", "mama", "auto", "seconds", "versions"}
     for name in ("magnitude", "mama"):
         assert abs(results[name]["sparsity"] - 0.8) < 1e-4
         assert 0 <= results[name]["accuracy"] <= 1
+    assert 0 < results["auto"]["sparsity"] <= 0.95
     assert "sparsity" not in results["dense"]
     with Image.open(tmp_path / "pruning.png") as image:
         assert image.size[0] > 600
