@@ -214,8 +214,8 @@ def matching_targets(model: nn.Module, config: MamaPruningConfig) -> Iterator[Ta
     """The weights in the recipe's modules, trainable or not, on any device; embeddings and the like are left out."""
     skipped = _untargetable(model)
     for name, target in _candidates(model):
-        if not _matches(name, config.target_modules) or (
-            config.exclude_modules is not None and _matches(name, config.exclude_modules)
+        if not matches(name, config.target_modules) or (
+            config.exclude_modules is not None and matches(name, config.exclude_modules)
         ):
             continue
         if id(target.parameter) in skipped:
@@ -286,7 +286,8 @@ def _untargetable(model: Any) -> dict[int, str]:
     return reasons
 
 
-def _matches(name: str, pattern: str | list[str]) -> bool:
+def matches(name: str, pattern: str | list[str]) -> bool:
+    """Whether a module of this name is meant by a recipe's `target_modules` or `exclude_modules`."""
     if pattern == "all-linear":
         return True
     if isinstance(pattern, str):
