@@ -27,6 +27,8 @@ ScopeName = Literal["layer", "row", "global"]
 AllocationName = Literal["uniform", "owl"]
 MoveName = Literal["none", "mean", "bias", "least_squares"]
 
+STRUCTURED = ("neuron", "head", "neuron+head", "layer")  # granularities that can be cut out of a model
+
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
@@ -51,17 +53,26 @@ class MamaPruningConfig:
         criterion (`str`, *optional*, defaults to `"mama"`):
             What a weight is worth: a key of [`CRITERIA`], or `"sparsegpt"` (only in [`prune_model`]).
         granularity (`str`, *optional*, defaults to `"unstructured"`):
-            `"unstructured"` or `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`.
+            `"unstructured"`, `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`, or what can be
+            cut out of the model: `"neuron"` (of the FFN), `"head"` (a key-value head with its query heads),
+            `"neuron+head"`, or `"layer"` (only in [`prune_model`]). For these, sparsity is the fraction of groups that
+            are wholly zero, or of layers that are dropped. With `"neuron+head"` each kind loses that fraction: they
+            don't compete, since an entry of an attention weight and one of an FFN weight are not worth the same.
         scope (`str`, *optional*):
             Which weights compete: `"layer"` (within each weight), `"row"` (within each output row) or `"global"` (all
-            targets). `None`: the best scope measured for the criterion. An N:M pattern is always within its M.
+            targets). `None`: the best scope measured for the criterion. An N:M pattern is always within its M. For
+            neurons and heads, `"layer"` leaves every layer alike, so that what is cut out leaves a stock architecture,
+            and `"global"` lets layers differ; `None` is `"layer"` in [`prune_model`].
         allocation (`str`, *optional*, defaults to `"uniform"`):
             How sparsity is shared among layers when the scope is not global: `"uniform"`, or `"owl"` (layers with more
             outliers keep more, arXiv 2310.05175; only in [`prune_model`]).
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
             `"all-linear"`, a list of module-name suffixes, or one regular expression for the whole name.
         exclude_modules (`str` or `list[str]`, *optional*):
-            Suffixes, or one regular expression, of modules to leave dense.
+            Suffixes, or one regular expression, of modules to leave dense. A layer's neurons (or heads) stay if one of
+            their modules is excluded.
+        multiple_of (`int`, *optional*, defaults to 8):
+            The number of neurons that a layer keeps is rounded to a multiple of this, for shapes that hardware likes.
         move_values (`str`, *optional*, defaults to `"none"`):
             Where the value of a pruned weight goes: `"none"`, `"mean"` (its row's kept weights, evenly), `"bias"`
             (W_pruned E[x]) or `"least_squares"` (the kept weights of its row, such that the layer's output changes
@@ -105,7 +116,9 @@ class MamaPruningConfig:
         default=None, metadata={"help": "Steps between mask updates; about 40 updates in all if not set."}
     )
     criterion: CriterionName = field(default="mama", metadata={"help": "What a weight is worth."})
-    granularity: str = field(default="unstructured", metadata={"help": "unstructured, or N:M such as 2:4."})
+    granularity: str = field(
+        default="unstructured", metadata={"help": "unstructured, N:M such as 2:4, neuron, head, neuron+head or layer."}
+    )
     scope: ScopeName | None = field(
         default=None, metadata={"help": "Which weights compete; the best one for the criterion if not set."}
     )
@@ -131,6 +144,7 @@ class MamaPruningConfig:
     regrowth: float = field(
         default=0.0, metadata={"help": "Fraction of the kept weights that an update may swap for pruned ones."}
     )
+    multiple_of: int = field(default=8, metadata={"help": "Neurons that a layer keeps are a multiple of this."})
 
     def __post_init__(self) -> None:
         self.start, self.end = _number(self.start), _number(self.end)
@@ -144,6 +158,7 @@ class MamaPruningConfig:
         self._refuse_what_is_not_built()
         self._check_choices()
         self._check_combinations()
+        self._check_structured()
         self._check_sparsity()
         self._check_steps()
         self._check_modules("target_modules", self.target_modules)
@@ -162,13 +177,14 @@ class MamaPruningConfig:
         match = _N_OF_M.fullmatch(self.granularity)
         return (int(match[1]), int(match[2])) if match else None
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether what goes can be cut out of the model: neurons, heads or layers."""
+        return self.granularity in STRUCTURED
+
     def _refuse_what_is_not_built(self) -> None:
         missing = {
             "final_sparsity": (self.final_sparsity == "auto", "a number in [0, 1)"),
-            "granularity": (
-                self.granularity in ("neuron", "head", "neuron+head", "layer"),
-                '"unstructured" or an N:M pattern such as "2:4"',
-            ),
             "reward_tolerance": (self.reward_tolerance is not None, "None"),
             "distillation_weight": (self.distillation_weight != 0, "0.0 (GRPOConfig(beta=...) adds a reference KL)"),
             "distillation_temperature": (self.distillation_temperature != 1, "1.0"),
@@ -187,7 +203,8 @@ class MamaPruningConfig:
         if self.scope is not None:
             _check_choice("scope", self.scope, get_args(ScopeName))
         if self.n_of_m is None:
-            _check_choice("granularity", self.granularity, ("unstructured", "2:4", "4:8", "1:4"), "or any other N:M")
+            choices = ("unstructured", *STRUCTURED, "2:4", "4:8", "1:4")
+            _check_choice("granularity", self.granularity, choices, "or any other N:M")
 
     def _check_combinations(self) -> None:
         if self.criterion == "sparsegpt" and self.move_values != "none":
@@ -200,6 +217,29 @@ class MamaPruningConfig:
                 "allocation='owl' shares a free sparsity among layers: it does not go with an N:M granularity, which "
                 "fixes it, nor with scope='global', which shares it already. Set allocation=\"uniform\"."
             )
+
+    def _check_structured(self) -> None:
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+            raise ValueError(f"multiple_of={self.multiple_of!r} must be a number of neurons >= 1.")
+        if not self.is_structured:
+            return
+        is_layer = self.granularity == "layer"
+        refused = {
+            "scope": (self.scope == "row", 'None, "layer" or "global"'),
+            "allocation": (self.allocation != "uniform", '"uniform", or scope="global" to let layers differ'),
+            "target_modules": (self.target_modules != "all-linear", '"all-linear", and use exclude_modules'),
+            "criterion": (self.criterion == "sparsegpt", '"mama" with move_values="least_squares"'),
+            "regrowth": (self.regrowth != 0, "0.0: what is wholly zero gets no gradient to grow by"),
+            "move_values": (is_layer and self.move_values != "none", '"none"'),
+        }
+        if is_layer:
+            refused["scope"] = (self.scope is not None, "None")
+        for name, (asked, instead) in refused.items():
+            if asked:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with granularity={self.granularity!r}, which removes "
+                    f"whole {self.granularity.replace('+', 's and ')}s. Set {name}={instead}."
+                )
 
     def _check_sparsity(self) -> None:
         for name in ("final_sparsity", "initial_sparsity"):
