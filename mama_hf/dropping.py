@@ -57,9 +57,7 @@ def drop_layers(model: PreTrainedModel, recipe: MamaPruningConfig, batches: Sequ
     name, blocks = walk.find_blocks(model)
     number = len(blocks) - num_kept(len(blocks), float(recipe.final_sparsity))  # type: ignore[arg-type]
     excluded = recipe.exclude_modules
-    free = [
-        index for index in range(len(blocks)) if excluded is None or not matches(f"{name}.{index}", excluded)
-    ]
+    free = [index for index in range(len(blocks)) if excluded is None or not matches(f"{name}.{index}", excluded)]
     if number > len(free):
         raise ValueError(
             f"final_sparsity={recipe.final_sparsity} drops {number} layers, but exclude_modules={excluded!r} leaves "

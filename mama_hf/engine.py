@@ -5,7 +5,7 @@ Shapes: B = sequences, T = tokens (without padding), I = in, O = out, D = hidden
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,10 +89,10 @@ class Engine:
                 block.to(home)
             self.rows += rows
             bar.set_postfix_str(f"{self.name}.{index}, error {max((row['error'] for row in rows), default=0):.4f}")
-            members = [target for module, target in self.targets.items() if module in set(block.modules())]
+            changed = self.targets.values() if self.structured is None else self.structured.changed
+            members = [target for target in changed if target.module in set(block.modules())]
             saved.save(index, members, self.dense if two_streams else [], self.pruned, self.rows, self.sparsities)
-        rows = {row.pop("name"): row for row in self.rows if row["parameters"] > 0}  # what reads was only refitted
-        return OneShotReport(recipe=self.recipe.to_dict(), layers=rows)
+        return OneShotReport(recipe=self.recipe.to_dict(), layers={row.pop("name"): row for row in self.rows})
 
     def _call(self, index: int, batch: int) -> walk.Call:
         call = self.calls[batch][index]
@@ -110,14 +110,11 @@ class Engine:
 
     def _modules(self, index: int, writers: bool = False) -> dict[nn.Module, str]:
         """The linear modules of a block that are targets (or write to the residual stream), with their names."""
-        targets: Container[nn.Module] = self.targets
-        if self.structured is not None and self.recipe.move_values != "least_squares":
-            targets = self.structured.groups  # what reads has nothing to make up for
         prefix = f"{self.name}.{index}"
         return {
             module: f"{prefix}.{name}"
             for name, module in self.blocks[index].named_modules()
-            if module in targets or (writers and is_linear(module) and writes_to_residual(name))
+            if module in self.targets or (writers and is_linear(module) and writes_to_residual(name))
         }
 
     def _prune_apart(self, index: int) -> list[dict[str, Any]]:
@@ -244,7 +241,7 @@ class Engine:
             "name": target.name,
             "zeros": zeros,
             "parameters": result.mask.numel(),
-            "sparsity": zeros / max(1, result.mask.numel()),
+            "sparsity": zeros / result.mask.numel(),
             "error_before": result.error_before,
             "error": result.error_after,
             "seconds": time.perf_counter() - start,

@@ -89,12 +89,12 @@ def prune_model(
     targets = _block_targets(model, recipe) if structured is None else structured.targets
     engine = Engine(model, recipe, batches, targets, device, iterations or DEFAULT_ITERATIONS, structured)
     engine.warn_of_few_tokens()
-    saved = Progress(resume_dir, model, recipe, batches, targets, engine.iterations)
+    changed = targets if structured is None else structured.changed
+    saved = Progress(resume_dir, model, recipe, batches, changed, engine.iterations)
     with walk.inference_mode_of(model):
         try:
             if recipe.move_values == "bias":
-                moved = [target for target in targets if structured is None or target.module in structured.groups]
-                engine.undo.append(add_biases(model, moved))
+                engine.undo.append(add_biases(model, targets))
             report = engine.prune(saved, progress)
         except BaseException:
             engine.restore()
@@ -143,7 +143,10 @@ def _check_recipe(recipe: MamaPruningConfig) -> None:
         raise TypeError(f"recipe must be a MamaPruningConfig, not {type(recipe).__name__}.")
     refused = {
         "criterion": (recipe.criterion in _GRADIENT_CRITERIA, '"mama", "wanda", "sparsegpt", "magnitude" or "random"'),
-        "scope": (recipe.scope == "global" and not recipe.is_structured, '"layer", "row" or None (allocation="owl" lets layers differ)'),
+        "scope": (
+            recipe.scope == "global" and not recipe.is_structured,
+            '"layer", "row" or None (allocation="owl" lets layers differ)',
+        ),
         "regrowth": (recipe.regrowth != 0, "0.0"),
     }
     for name, (asked, instead) in refused.items():

@@ -229,7 +229,10 @@ class Pruner:
         self.statistics.load_state_dict(_below("statistics.", tensors))
         self.mover.load_state_dict(_below("moving.", tensors))
         self.masks, self.num_pruned = None, 0
-        found, names = {key for key in tensors if key.startswith("mask.")}, [f"mask.{name}" for name in self.pools.names]
+        found, names = (
+            {key for key in tensors if key.startswith("mask.")},
+            [f"mask.{name}" for name in self.pools.names],
+        )
         if found - set(names):
             raise KeyError(min(found - set(names)))
         if found:

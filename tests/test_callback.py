@@ -887,6 +887,12 @@ RESUMABLE: dict[str, dict[str, Any]] = {
     "regrowth-adam": {"regrowth": 0.2},
     "regrowth-fisher": {"criterion": "fisher", "regrowth": 0.2, "scope": "layer"},
     "2of4": {"granularity": "2:4", "final_sparsity": 0.5},
+    "neuron-adam": {"granularity": "neuron"},
+    "neuron-taylor": {"granularity": "neuron", "criterion": "taylor", "scope": "layer"},
+    "neuron+head-wanda": {"granularity": "neuron+head", "criterion": "wanda"},
+    "neuron-displacement-least-squares": {
+        **{"granularity": "neuron", "criterion": "displacement", "move_values": "least_squares", "update_every": 3},
+    },
     "least-squares": {"move_values": "least_squares"},
     "displacement-least-squares": {"move_values": "least_squares", "criterion": "displacement", "update_every": 3},
 }

@@ -123,6 +123,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *[({"target_modules": value}, "target_modules=.* must be a list") for value in ([], [1], [""], None, ("a",))],
     *[({"exclude_modules": value}, "exclude_modules=.* must be a list") for value in ([], [None], 3)],
     *[({"ema_decay": value}, r"ema_decay=.* in \[0, 1\)") for value in (1, -0.1, math.nan, "0.9", True)],
+    *[({"multiple_of": value}, r"multiple_of=.* >= 1") for value in (0, -8, 8.0, True, None)],
+    ({"granularity": "neuron", "scope": "row"}, r"scope='row'.*granularity='neuron'.*whole neurons.*\"global\""),
+    ({"granularity": "head", "allocation": "owl"}, r"allocation='owl'.*whole heads.*scope=\"global\""),
+    ({"granularity": "neuron+head", "target_modules": ["up_proj"]}, "target_modules=.*exclude_modules"),
+    ({"granularity": "neuron", "criterion": "sparsegpt"}, "criterion=.*least_squares"),
+    ({"granularity": "neuron", "regrowth": 0.1}, "regrowth=.*no gradient"),
+    ({"granularity": "layer", "move_values": "bias"}, "move_values=.*whole layers.*none"),
+    ({"granularity": "layer", "scope": "global"}, "scope='global'.*whole layers.*None"),
     *[({"regrowth": value}, r"regrowth=.* in \[0, 1\)") for value in (1.0, -0.1, math.nan, None)],
 ]
 
@@ -137,10 +145,6 @@ def test_bad_value(values: dict[str, Any], message: str) -> None:
     ("values", "instead"),
     [
         ({"final_sparsity": "auto"}, r"a number in \[0, 1\)"),
-        *[
-            ({"granularity": value}, '"unstructured" or an N:M pattern')
-            for value in ("neuron", "head", "neuron+head", "layer")
-        ],
         ({"reward_tolerance": 0.1}, "None"),
         ({"reward_tolerance": 0.0}, "None"),
         ({"distillation_weight": 0.5}, "0.0"),
