@@ -2,9 +2,9 @@
 
     python benchmarks/structured.py --data DIR --cases neuron head layer --levels 0.25 0.5
 
-Calibration and evaluation are those of `benchmarks/oneshot.py`. `removed` counts the parameters of what is wholly zero,
-or dropped: what can be cut out of the model. Each result is merged into --output at once; what is there already is not
-measured again.
+Calibration and evaluation are those of `benchmarks/oneshot.py`. `removed` counts the parameters of what is wholly
+zero, or dropped: what can be cut out of the model. Each result is merged into --output at once; what is there already
+is not measured again.
 """
 
 import argparse

@@ -25,7 +25,7 @@ class MamaPruningCallback(TrainerCallback):
     Prunes the model while any transformers or TRL trainer trains it:
     `Trainer(..., callbacks=[MamaPruningCallback(recipe)])`.
 
-    Logs `pruning/sparsity` (fraction of zeros in the targeted weights), `pruning/target` (what the schedule asks for)
+    Logs `pruning/sparsity` (fraction of zeros in the targeted weights, or of the groups), `pruning/target` (what the schedule asks for)
     and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own logs.
 
     Args:
@@ -132,7 +132,7 @@ class MamaPruningCallback(TrainerCallback):
             )
         if not pruner.is_final(state.global_step):
             logger.warning(
-                "Training stopped at step %d with %.4f of the targeted weights pruned; the final sparsity of %.4f is "
+                "Training stopped at step %d with %.4f of what is targeted pruned; the final sparsity of %.4f is "
                 "due at step %d. Resume from the last checkpoint to get there.",
                 state.global_step,
                 pruner.sparsity,

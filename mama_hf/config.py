@@ -53,8 +53,8 @@ class MamaPruningConfig:
         criterion (`str`, *optional*, defaults to `"mama"`):
             What a weight is worth: a key of [`CRITERIA`], or `"sparsegpt"` (only in [`prune_model`]).
         granularity (`str`, *optional*, defaults to `"unstructured"`):
-            `"unstructured"`, `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`, or what can be
-            cut out of the model: `"neuron"` (of the FFN), `"head"` (a key-value head with its query heads),
+            `"unstructured"`, `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`, or what
+            can be cut out of the model: `"neuron"` (of the FFN), `"head"` (a key-value head with its query heads),
             `"neuron+head"`, or `"layer"` (only in [`prune_model`]). For these, sparsity is the fraction of groups that
             are wholly zero, or of layers that are dropped. With `"neuron+head"` each kind loses that fraction: they
             don't compete, since an entry of an attention weight and one of an FFN weight are not worth the same.

@@ -32,8 +32,8 @@ class SparsityReport(dict):
     one) and `n_of_m`, the strictest of 1:4, 2:4 and 4:8 that its rows keep to (`None`: none). `print(report)` shows a
     table.
 
-    Where the recipe prunes neurons or heads, `"groups"` holds, for each kind, `zeros` (groups that are wholly zero, biases
-    included), `groups` and `sparsity` (zeros / groups).
+    Where the recipe prunes neurons or heads, `"groups"` holds, for each kind, `zeros` (groups that are wholly zero,
+    biases included), `groups` and `sparsity` (zeros / groups).
     """
 
     def to_dict(self) -> dict[str, Any]:

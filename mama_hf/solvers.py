@@ -122,15 +122,17 @@ class System:
     Args:
         gram (`torch.Tensor` of shape [I, I]): symmetric, fp32; it is not changed.
         damping (`float`): share of the mean diagonal that is added to the diagonal. A dead input keeps that share.
+        ridge (`float`, *optional*, defaults to 0.0): share of each diagonal entry that is added to it, on top.
     """
 
-    def __init__(self, gram: Tensor, damping: float = DAMPING) -> None:
+    def __init__(self, gram: Tensor, damping: float = DAMPING, ridge: float = 0.0) -> None:
         diagonal = gram.diagonal()
         mean = diagonal.double().mean()
         self.damp = float(damping * mean) if mean > 0 else 1.0
         self.scale = (diagonal + self.damp).sqrt()
         self.gram = gram / self.scale.unsqueeze(1) / self.scale
-        self.gram.diagonal().fill_(1.0)
+        self.gram.diagonal().fill_(1.0 + ridge)
+        self.ridge = ridge
         self._inverse: Tensor | None = None
 
     def inverse(self) -> Tensor:
@@ -143,7 +145,7 @@ class System:
 
     def cross(self, weight: Tensor, cross: Tensor) -> Tensor:
         """The right-hand side with the damping's pull towards `weight`, in the scaled coordinates."""
-        return (cross + self.damp * weight) / self.scale
+        return (cross + self.damp * weight) / self.scale + self.ridge * weight * self.scale
 
 
 def cholesky(matrix: Tensor, damp: float = 0.0) -> tuple[Tensor, float]:

@@ -25,10 +25,9 @@ from .targets import Target
 
 
 ROUNDS = 32
-# Of the mean diagonal of H: far more than where entries go, for a column that stays takes over from many. In one
-# experiment (half of the neurons in six layers of SmolLM2-135M, perplexity on text of the calibration's kind, which was
-# 26.22 at 0.01) 0.1, 1 and 4 gave 25.92, 25.64 and 26.83.
-DAMPING = 1.0
+# Share of each diagonal entry of H by which a column is drawn to its old value. Without it the exact solution fits the
+# calibration too closely: 25 % of the neurons of SmolLM2-135M ended at a perplexity of 32.03, with it at 31.15.
+RIDGE = 0.1
 
 
 class StructuredRule:
@@ -95,7 +94,7 @@ class StructuredRule:
         weight = target.to_rows(target.weight).float()
         group = self.groups[target.module]
         index = group.writers[0].index.to(weight.device)
-        number, system = self._num_kept[target.module], System(inputs.gram, DAMPING)
+        number, system = self._num_kept[target.module], System(inputs.gram, ridge=RIDGE)
         if is_joint(self.recipe):
             kept = choose_groups(weight, moments, index, number, system)
         else:

@@ -1,5 +1,7 @@
 """`granularity="layer"`: the layers of least influence leave, and the model that is left is a stock one."""
 
+import itertools
+
 import pytest
 import torch
 from families import DECODERS, FAMILY_MODELS, make_family, random_ids
@@ -61,7 +63,7 @@ def test_influence_is_one_minus_the_cosine():
         states = model(**batch, output_hidden_states=True).hidden_states
         valid = batch["attention_mask"].flatten().bool()
         rows = [state.flatten(0, 1)[valid] for state in states[:-1]]
-        expected = [float((1 - torch.cosine_similarity(a, b)).mean()) for a, b in zip(rows, rows[1:])]
+        expected = [float((1 - torch.cosine_similarity(a, b)).mean()) for a, b in itertools.pairwise(rows)]
     influence = block_influence(model, check_calibration([batch], 64))
     assert influence[:-1] == pytest.approx(expected, abs=1e-5)  # the last state has the final norm in it
 
@@ -72,7 +74,7 @@ def test_excluded_layers_stay():
     report = prune_model(model, MamaPruningConfig(granularity="layer", **changes), [random_ids()], progress=False)
     assert [row["zeros"] for row in report["layers"].values()] == [1, 0, 1, 0]
     changes["exclude_modules"] += ["layers.0"]
-    with pytest.raises(ValueError, match="drops 2 layers, but exclude_modules=.* leaves 1 of 4"):
+    with pytest.raises(ValueError, match=r"drops 2 layers, but exclude_modules=.* leaves 1 of 4"):
         prune_model(make("llama"), MamaPruningConfig(granularity="layer", **changes), [random_ids()], progress=False)
 
 

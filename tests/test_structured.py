@@ -158,17 +158,23 @@ def problem(num_inputs: int = 12, num_outputs: int = 5) -> tuple[Tensor, Moments
     return weight, Moments(x.T @ x, y.T @ x, y.square().sum(dim=0))
 
 
-def damped_error(weight: Tensor, moments: Moments, start: Tensor, damp: float) -> float:
-    return float(moments.square_error(weight).sum() + damp * (weight - start).square().sum())
+def damping(moments: Moments, share: float, ridge: float) -> Tensor:
+    """What draws each column [I] to its old value."""
+    damp = share * moments.gram.diagonal().mean()
+    return damp + ridge * (moments.gram.diagonal() + damp)
+
+
+def damped_error(weight: Tensor, moments: Moments, start: Tensor, pull: Tensor) -> float:
+    return float(moments.square_error(weight).sum() + (pull * (weight - start).square()).sum())
 
 
 def test_fit_columns_is_the_damped_least_squares_solution() -> None:
     weight, moments = problem()
-    system, mask = System(moments.gram, 0.5), torch.arange(12) % 3 != 0
+    system, mask, pull = System(moments.gram, 0.5, 0.2), torch.arange(12) % 3 != 0, damping(moments, 0.5, 0.2)
     values = fit_columns(weight, moments, mask, system)
     columns = mask.nonzero().flatten()
-    gram = moments.gram.double() + system.damp * torch.eye(12, dtype=torch.float64)
-    right = (moments.cross + system.damp * weight).double()[:, columns]
+    gram = moments.gram.double() + pull.double().diag()
+    right = (moments.cross + pull * weight).double()[:, columns]
     expected = torch.linalg.solve(gram[columns][:, columns], right.T).T.float()
     torch.testing.assert_close(values[:, columns], expected, rtol=1e-3, atol=1e-3)
     assert not values[:, ~mask].any()
@@ -178,13 +184,15 @@ def test_fit_columns_is_the_damped_least_squares_solution() -> None:
 def test_groups_go_as_greedy_refitting_says(size: int) -> None:
     """One group a round: each that goes is the one whose loss, all others refitted, is the smallest."""
     weight, moments = problem()
-    system, index = System(moments.gram, 0.01), torch.arange(12).view(-1, size)
+    system, index = System(moments.gram, 0.01, 0.1), torch.arange(12).view(-1, size)
     left = list(range(len(index)))
     while len(left) > len(index) // 2:
         losses = {}
         for group in left:
             mask = torch.zeros(12, dtype=torch.bool)
             mask[index[[other for other in left if other != group]].flatten()] = True
-            losses[group] = damped_error(fit_columns(weight, moments, mask, system), moments, weight, system.damp)
+            losses[group] = damped_error(
+                fit_columns(weight, moments, mask, system), moments, weight, damping(moments, 0.01, 0.1)
+            )
         left.remove(min(losses, key=losses.__getitem__))
     assert choose_groups(weight, moments, index, len(index) // 2, system).nonzero().flatten().tolist() == left
