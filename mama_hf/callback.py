@@ -30,10 +30,11 @@ class MamaPruningCallback(TrainerCallback):
     Prunes the model while any transformers or TRL trainer trains it:
     `Trainer(..., callbacks=[MamaPruningCallback(recipe)])`.
 
-    Logs `pruning/sparsity` (fraction of zeros in the targeted weights), `pruning/target` (what the schedule asks for)
-    and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own logs; with a reward
-    check also `pruning/reward_check` (the reward it measured last), `pruning/rollbacks` and `pruning/held` (updates
-    taken back and left out so far). When training ends, `report` holds what came of it, and is logged as a table.
+    Logs `pruning/sparsity` (fraction of zeros in the targeted weights, or of the groups that are gone),
+    `pruning/target` (what the schedule asks for) and `pruning/changed` (share of the mask that the last update
+    flipped) with the trainer's own logs; with a reward check also `pruning/reward_check` (the reward it measured
+    last), `pruning/rollbacks` and `pruning/held` (updates taken back and left out so far). When training ends,
+    `report` holds what came of it, and is logged as a table.
 
     Args:
         config (`MamaPruningConfig`): the recipe.
@@ -174,7 +175,7 @@ class MamaPruningCallback(TrainerCallback):
         asked = self.config.final_sparsity
         if not pruner.is_final(state.global_step):
             logger.warning(
-                "Training stopped at step %d with %.4f of the targeted weights pruned; pruning to a final sparsity of "
+                "Training stopped at step %d with %.4f of what is targeted pruned; pruning to a final sparsity of "
                 "%s ends at step %d. Resume from the last checkpoint to get there.",
                 state.global_step,
                 pruner.sparsity,

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         sys.stdout.write(arguments.run(arguments))
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError) as error:
         Console(stderr=True).print(f"mama-hf: {error}", style="red", markup=False)
         return 2
     return 0

@@ -29,6 +29,8 @@ AllocationName = Literal["uniform", "owl"]
 MoveName = Literal["none", "mean", "bias", "least_squares"]
 DirectionName = Literal["forward", "reverse", "jsd"]
 
+STRUCTURED = ("neuron", "head", "neuron+head", "layer")  # granularities that can be cut out of a model
+
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
@@ -54,17 +56,26 @@ class MamaPruningConfig:
         criterion (`str`, *optional*, defaults to `"mama"`):
             What a weight is worth: a key of [`CRITERIA`], or `"sparsegpt"` (only in [`prune_model`]).
         granularity (`str`, *optional*, defaults to `"unstructured"`):
-            `"unstructured"` or `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`.
+            `"unstructured"`, `"N:M"` (N kept in each M neighbours along the input dimension), e.g. `"2:4"`, or what
+            can be cut out of the model: `"neuron"` (of the FFN), `"head"` (a key-value head with its query heads),
+            `"neuron+head"`, or `"layer"` (only in [`prune_model`]). For these, sparsity is the fraction of groups that
+            are wholly zero, or of layers that are dropped. With `"neuron+head"` each kind loses that fraction: they
+            don't compete, since an entry of an attention weight and one of an FFN weight are not worth the same.
         scope (`str`, *optional*):
             Which weights compete: `"layer"` (within each weight), `"row"` (within each output row) or `"global"` (all
-            targets). `None`: the best scope measured for the criterion. An N:M pattern is always within its M.
+            targets). `None`: the best scope measured for the criterion. An N:M pattern is always within its M. For
+            neurons and heads, `"layer"` leaves every layer alike, so that what is cut out leaves a stock architecture,
+            and `"global"` lets layers differ; `None` is `"layer"` in [`prune_model`].
         allocation (`str`, *optional*, defaults to `"uniform"`):
             How sparsity is shared among layers when the scope is not global: `"uniform"`, or `"owl"` (layers with more
             outliers keep more, arXiv 2310.05175; only in [`prune_model`]).
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
             `"all-linear"`, a list of module-name suffixes, or one regular expression for the whole name.
         exclude_modules (`str` or `list[str]`, *optional*):
-            Suffixes, or one regular expression, of modules to leave dense.
+            Suffixes, or one regular expression, of modules to leave dense. A layer's neurons (or heads) stay if one of
+            their modules is excluded.
+        multiple_of (`int`, *optional*, defaults to 8):
+            The number of neurons that a layer keeps is rounded to a multiple of this, for shapes that hardware likes.
         move_values (`str`, *optional*, defaults to `"none"`):
             Where the value of a pruned weight goes: `"none"`, `"mean"` (its row's kept weights, evenly), `"bias"`
             (W_pruned E[x]) or `"least_squares"` (the kept weights of its row, such that the layer's output changes
@@ -92,7 +103,6 @@ class MamaPruningConfig:
 
     Raises:
         `ValueError`: for a value that can't work, with what was given and what to set instead.
-        `NotImplementedError`: for a value of the API that is not built yet, with what works instead.
     """
 
     # `str | None` beside the numbers makes HfArgumentParser hand over text, which tells the step 1 from the fraction
@@ -115,7 +125,9 @@ class MamaPruningConfig:
         default=None, metadata={"help": "Steps between mask updates; about 40 updates in all if not set."}
     )
     criterion: CriterionName = field(default="mama", metadata={"help": "What a weight is worth."})
-    granularity: str = field(default="unstructured", metadata={"help": "unstructured, or N:M such as 2:4."})
+    granularity: str = field(
+        default="unstructured", metadata={"help": "unstructured, N:M such as 2:4, neuron, head, neuron+head or layer."}
+    )
     scope: ScopeName | None = field(
         default=None, metadata={"help": "Which weights compete; the best one for the criterion if not set."}
     )
@@ -144,6 +156,7 @@ class MamaPruningConfig:
     regrowth: float = field(
         default=0.0, metadata={"help": "Fraction of the kept weights that an update may swap for pruned ones."}
     )
+    multiple_of: int = field(default=8, metadata={"help": "Neurons that a layer keeps are a multiple of this."})
 
     def __post_init__(self) -> None:
         self.start, self.end = _number(self.start), _number(self.end)
@@ -154,10 +167,10 @@ class MamaPruningConfig:
             raise ValueError(
                 f"granularity={self.granularity!r} must be text. In YAML, N:M needs quotes: granularity: '2:4'."
             )
-        self._refuse_what_is_not_built()
         self._check_choices()
         self._check_combinations()
         self._check_reward_tolerance()
+        self._check_structured()
         self._check_sparsity()
         self._check_steps()
         self._check_distillation()
@@ -177,18 +190,10 @@ class MamaPruningConfig:
         match = _N_OF_M.fullmatch(self.granularity)
         return (int(match[1]), int(match[2])) if match else None
 
-    def _refuse_what_is_not_built(self) -> None:
-        missing = {
-            "granularity": (
-                self.granularity in ("neuron", "head", "neuron+head", "layer"),
-                '"unstructured" or an N:M pattern such as "2:4"',
-            ),
-        }
-        for name, (asked, instead) in missing.items():
-            if asked:
-                raise NotImplementedError(
-                    f"{name}={getattr(self, name)!r} is not built in mama-hf {__version__}; what works is {instead}."
-                )
+    @property
+    def is_structured(self) -> bool:
+        """Whether what goes can be cut out of the model: neurons, heads or layers."""
+        return self.granularity in STRUCTURED
 
     def _check_choices(self) -> None:
         _check_choice("schedule", self.schedule, get_args(ScheduleName))
@@ -199,7 +204,8 @@ class MamaPruningConfig:
         if self.scope is not None:
             _check_choice("scope", self.scope, get_args(ScopeName))
         if self.n_of_m is None:
-            _check_choice("granularity", self.granularity, ("unstructured", "2:4", "4:8", "1:4"), "or any other N:M")
+            choices = ("unstructured", *STRUCTURED, "2:4", "4:8", "1:4")
+            _check_choice("granularity", self.granularity, choices, "or any other N:M")
 
     def _check_combinations(self) -> None:
         if self.criterion == "sparsegpt" and self.move_values != "none":
@@ -236,6 +242,29 @@ class MamaPruningConfig:
                 "reward_tolerance does not go with schedule='one-shot': after a roll-back there is no later update to "
                 'try a smaller step in. Set schedule="cubic".'
             )
+
+    def _check_structured(self) -> None:
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+            raise ValueError(f"multiple_of={self.multiple_of!r} must be a number of neurons >= 1.")
+        if not self.is_structured:
+            return
+        is_layer = self.granularity == "layer"
+        refused = {
+            "scope": (self.scope == "row", 'None, "layer" or "global"'),
+            "allocation": (self.allocation != "uniform", '"uniform", or scope="global" to let layers differ'),
+            "target_modules": (self.target_modules != "all-linear", '"all-linear", and use exclude_modules'),
+            "criterion": (self.criterion == "sparsegpt", '"mama" with move_values="least_squares"'),
+            "regrowth": (self.regrowth != 0, "0.0: what is wholly zero gets no gradient to grow by"),
+            "move_values": (is_layer and self.move_values != "none", '"none"'),
+        }
+        if is_layer:
+            refused["scope"] = (self.scope is not None, "None")
+        for name, (asked, instead) in refused.items():
+            if asked:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with granularity={self.granularity!r}, which removes "
+                    f"whole {self.granularity.replace('+', 's and ')}s. Set {name}={instead}."
+                )
 
     def _check_sparsity(self) -> None:
         for name in ("final_sparsity", "initial_sparsity"):

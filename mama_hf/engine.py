@@ -5,7 +5,7 @@ Shapes: B = sequences, T = tokens (without padding), I = in, O = out, D = hidden
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .report import OneShotReport
 from .resume import Progress
 from .rules import prune_layer
 from .solvers import Inputs, Moments
+from .structured import StructuredRule
 from .targets import Target, is_linear, writes_to_residual
 
 
@@ -39,7 +40,9 @@ class Engine:
         targets: list[Target],
         device: str | torch.device | None,
         iterations: int,
+        structured: StructuredRule | None = None,
     ) -> None:
+        self.structured = structured
         self.model, self.recipe, self.batches, self.iterations = model, recipe, batches, iterations
         self.device = None if device is None else torch.device(device)
         self.name, self.blocks = walk.find_blocks(model)
@@ -66,6 +69,8 @@ class Engine:
 
     def prune(self, saved: Progress, progress: bool) -> OneShotReport:
         hidden, self.calls = walk.capture(self.model, self.blocks, self.batches)
+        if self.structured is not None and self.recipe.scope == "global":
+            self.structured.share_out(self._input_squares(hidden))
         first = saved.load(self._remember)
         if self.recipe.allocation == "owl":
             self.sparsities = saved.sparsities or self._allocate(hidden)
@@ -84,7 +89,8 @@ class Engine:
                 block.to(home)
             self.rows += rows
             bar.set_postfix_str(f"{self.name}.{index}, error {max((row['error'] for row in rows), default=0):.4f}")
-            members = [target for module, target in self.targets.items() if module in set(block.modules())]
+            changed = self.targets.values() if self.structured is None else self.structured.changed
+            members = [target for target in changed if target.module in set(block.modules())]
             saved.save(index, members, self.dense if two_streams else [], self.pruned, self.rows, self.sparsities)
         return OneShotReport(recipe=self.recipe.to_dict(), layers={row.pop("name"): row for row in self.rows})
 
@@ -213,19 +219,19 @@ class Engine:
     def _prune_one(
         self, module: nn.Module, index: int, inputs: Inputs, moments: Moments, start: float
     ) -> dict[str, Any]:
-        target = self.targets[module]
-        result = prune_layer(
-            self.recipe,
-            self._rows(module),
-            target.parameter.dtype,
-            inputs,
-            moments,
-            self.sparsities[index],
-            self.iterations,
-            self.order[module],
-        )
-        self._remember(target.parameter)
-        target.parameter.data.copy_(target.from_rows(result.values))
+        target, seed = self.targets[module], self.order[module]
+        dtype = target.parameter.dtype
+        changes: list[tuple[nn.Parameter, Tensor]] = []
+        if self.structured is not None:
+            result, changes = self.structured.prune(target, dtype, inputs, moments, seed)
+        else:
+            sparsity = self.sparsities[index]
+            result = prune_layer(
+                self.recipe, self._rows(module), dtype, inputs, moments, sparsity, self.iterations, seed
+            )
+        for parameter, values in [(target.parameter, target.from_rows(result.values)), *changes]:
+            self._remember(parameter)
+            parameter.data.copy_(values)
         if result.bias is not None:
             bias: Any = module.bias
             self._remember(bias)
@@ -255,7 +261,14 @@ class Engine:
 
     def _allocate(self, hidden: list[Tensor]) -> list[float]:
         """OWL's sparsity of each block, from a pass over the dense model."""
-        ratios = []
+        ratios = [
+            outlier_ratio(self._rows(module).abs() * x.sqrt() for module, x in squares.items())
+            for squares in self._input_squares(hidden)
+        ]
+        return owl_sparsities(ratios, self.sparsities[0])
+
+    def _input_squares(self, hidden: list[Tensor]) -> Iterator[dict[nn.Module, Tensor]]:
+        """Block by block, the sums of squares [I] of what comes into each target, from a pass over the dense model."""
         streams = list(hidden)
         for index, block in enumerate(self.blocks):
             modules = self._modules(index)
@@ -265,5 +278,4 @@ class Engine:
                 for entry in records:
                     square = self._flat(entry.input, batch).square().sum(dim=0)
                     squares[entry.module] = squares[entry.module] + square if entry.module in squares else square
-            ratios.append(outlier_ratio(self._rows(module).abs() * x.sqrt() for module, x in squares.items()))
-        return owl_sparsities(ratios, self.sparsities[0])
+            yield squares

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Granularity(NamedTuple):
-    """How scores [O, I] fall into pools [P, G], and back."""
+    """How scores ([O, I], or [G] of the neurons or heads of a layer) fall into pools [P, G], and back."""
 
     to_pools: Callable[[Tensor, int], Tensor]
     from_pools: Callable[[Tensor, torch.Size], Tensor]
@@ -25,6 +25,9 @@ GRANULARITIES: dict[str, Granularity] = {
     "row": Granularity(lambda rows, size: rows, lambda pools, shape: pools),
     # M neighbours along the input dimension compete: [O * I / M, M]
     "n:m": Granularity(lambda rows, size: rows.reshape(-1, size), lambda pools, shape: pools.reshape(shape)),
+    # the neurons, or the head groups, of a layer compete: [1, G]
+    "neuron": Granularity(lambda scores, size: scores.reshape(1, -1), lambda pools, shape: pools.reshape(shape)),
+    "head": Granularity(lambda scores, size: scores.reshape(1, -1), lambda pools, shape: pools.reshape(shape)),
 }
 
 # With global scope every weight keeps at least this share of what the uniform allocation would leave it, so that no

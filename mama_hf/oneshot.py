@@ -18,13 +18,15 @@ import torch
 from transformers import PreTrainedModel
 
 from . import blocks as walk
-from .calibration import check_calibration
+from .calibration import Batch, check_calibration
 from .checkpoint import describe, save_recipe_with
 from .config import MamaPruningConfig
+from .dropping import drop_layers
 from .engine import Engine
 from .report import OneShotReport
 from .resume import Progress
 from .rules import DEFAULT_ITERATIONS
+from .structured import StructuredRule
 from .targets import LoraTarget, Target, add_biases, find_targets
 
 
@@ -49,6 +51,9 @@ def prune_model(
     `criterion="mama", move_values="least_squares"` chooses mask and values together and is by far the best;
     `criterion="mama"` with another `move_values` scores like `"wanda"`, as there are no gradients to measure movement
     by. The schedule's fields of the recipe play no part.
+
+    With `granularity="neuron"`, `"head"` or `"neuron+head"` whole groups become zero; with `"layer"` the layers whose
+    output is most like their input leave the model, which stays one of its native class.
 
     Args:
         model (`PreTrainedModel`): a causal LM (or encoder) whose layers are one `nn.ModuleList`. Only weights inside
@@ -78,10 +83,14 @@ def prune_model(
         raise ValueError(f"iterations={iterations!r} must be at least 1, or None for {DEFAULT_ITERATIONS}.")
     embeddings: Any = model.get_input_embeddings()
     batches = check_calibration(calibration, embeddings.num_embeddings)
-    targets = _block_targets(model, recipe)
-    engine = Engine(model, recipe, batches, targets, device, iterations or DEFAULT_ITERATIONS)
+    if recipe.granularity == "layer":
+        return _drop(model, recipe, batches, resume_dir)
+    structured = StructuredRule(model, recipe) if recipe.is_structured else None
+    targets = _block_targets(model, recipe) if structured is None else structured.targets
+    engine = Engine(model, recipe, batches, targets, device, iterations or DEFAULT_ITERATIONS, structured)
     engine.warn_of_few_tokens()
-    saved = Progress(resume_dir, model, recipe, batches, targets, engine.iterations)
+    changed = targets if structured is None else structured.changed
+    saved = Progress(resume_dir, model, recipe, batches, changed, engine.iterations)
     with walk.inference_mode_of(model):
         try:
             if recipe.move_values == "bias":
@@ -90,6 +99,21 @@ def prune_model(
         except BaseException:
             engine.restore()
             raise
+    save_recipe_with(model)
+    describe(model, recipe, report.sparsity)
+    return report
+
+
+def _drop(
+    model: PreTrainedModel, recipe: MamaPruningConfig, batches: list[Batch], resume_dir: str | os.PathLike | None
+) -> OneShotReport:
+    """Whole layers go, in one pass over the dense model."""
+    if resume_dir is not None:
+        raise ValueError(
+            "resume_dir has no use with granularity='layer', which takes one pass over the data. Leave it out."
+        )
+    with walk.inference_mode_of(model):
+        report = drop_layers(model, recipe, batches)
     save_recipe_with(model)
     describe(model, recipe, report.sparsity)
     return report
@@ -119,7 +143,10 @@ def _check_recipe(recipe: MamaPruningConfig) -> None:
         raise TypeError(f"recipe must be a MamaPruningConfig, not {type(recipe).__name__}.")
     refused = {
         "criterion": (recipe.criterion in _GRADIENT_CRITERIA, '"mama", "wanda", "sparsegpt", "magnitude" or "random"'),
-        "scope": (recipe.scope == "global", '"layer", "row" or None (allocation="owl" lets layers differ)'),
+        "scope": (
+            recipe.scope == "global" and not recipe.is_structured,
+            '"layer", "row" or None (allocation="owl" lets layers differ)',
+        ),
         "regrowth": (recipe.regrowth != 0, "0.0"),
         "distillation_weight": (recipe.distillation_weight != 0, "0.0"),
         "final_sparsity": (recipe.final_sparsity == "auto", "a number, and reward_tolerance=None"),

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from .config import MamaPruningConfig
 from .criteria import CRITERIA, score
-from .masks import select
 from .moving import COLLECT_STEPS, ValueMover
+from .pools import make_pools
 from .reward_check import RewardCheck
 from .schedule import resolve_schedule
 from .statistics import DEFAULT_EMA_DECAY, Statistics
-from .targets import LoraTarget, find_targets
+from .targets import LoraTarget
 from .values import Saved, apply_masks_, check_optimizer, restore_values_, save_values
 
 
@@ -55,9 +55,9 @@ class Pruner:
         _check_trainable(config)
         self.config, self.optimizer, self.check = config, optimizer, check
         self.schedule = resolve_schedule(config, max_steps, alignment)
-        self.targets = find_targets(model, config)
         self.criterion = CRITERIA[config.criterion]
-        self.scope = "layer" if config.n_of_m else config.scope or self.criterion.scope
+        self.pools = make_pools(model, config, self.criterion.scope)
+        self.targets = self.pools.targets
         self.statistics = Statistics(
             self.targets,
             self.criterion.statistics + (("gradient_square",) if self._needs_growth_score() else ()),
@@ -65,13 +65,13 @@ class Pruner:
             adam=self._adam_serves(),
             seed=seed,
         )
-        self.mover = ValueMover(self.targets, config.move_values)
-        self.masks: list[Tensor] | None = None
+        self.mover = ValueMover([self.targets[index] for index in self.pools.movers], config.move_values)
+        self.masks: list[Tensor] | None = None  # of the units that compete
+        self._entry_masks: list[Tensor] = []
         self.has_signal, self._is_fresh = True, False
         self.num_pruned = 0
         self.changed = 0.0
         self._before: tuple[list[Tensor] | None, float, Saved] | None = None
-        self.num_weights = sum(target.parameter.numel() for target in self.targets)
         self._is_held = self._hold_what_is_sparse()
         self.mover.is_collecting = self._is_update_near(0)
 
@@ -86,41 +86,23 @@ class Pruner:
 
     def _hold_what_is_sparse(self) -> bool:
         """A model that is as sparse as asked, or sparser, keeps the zeros it has: they become the masks."""
-        num_zeros = sum(int((target.weight == 0).sum()) for target in self.targets)
-        # counted as each scope rounds it, so that what another scope has pruned to this sparsity is held too
-        asked = [self._num_zeros_asked(scope) for scope in ("global", "layer", "row")]
-        if not 0 < min(asked) <= num_zeros or not self._has_pattern():
+        masks, asked = self.pools.alive(), self.schedule.final_sparsity
+        if not self.pools.meets(masks, asked):
             return False
-        if num_zeros > max(asked):
+        self._set_masks(masks)
+        if self.pools.exceeds(masks, asked):
             logger.warning(
-                "The model is sparser already (%.4f of the targeted weights are zero) than the recipe asks for "
+                "The model is sparser already (%.4f of what is targeted is zero) than the recipe asks for "
                 "(final_sparsity=%.4f). Its zeros are kept, and nothing more is pruned.",
-                num_zeros / self.num_weights,
+                self.sparsity,
                 self.schedule.final_sparsity,
             )
-        self._set_masks([target.weight != 0 for target in self.targets])
         return True
-
-    def _num_zeros_asked(self, scope: str) -> int:
-        """Zeros at the final sparsity, by the rounding of a scope."""
-        sparsity, shapes = self.schedule.final_sparsity, [target.row_shape for target in self.targets]
-        if scope == "global":
-            return round(sparsity * self.num_weights)
-        return sum(
-            rows * round(sparsity * inputs) if scope == "row" else round(sparsity * rows * inputs)
-            for rows, inputs in shapes
-        )
-
-    def _has_pattern(self) -> bool:
-        """Whether the zeros that are there make up the N:M pattern, if one is asked for."""
-        if self.config.n_of_m is None:
-            return True
-        return all(target.keeps_to(target.weight, *self.config.n_of_m) for target in self.targets)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros that the masks enforce in the targeted weights."""
-        return self.num_pruned / self.num_weights
+        """Fraction that the masks prune: of the targeted weights' entries, or of the neurons and head groups."""
+        return self.num_pruned / self.pools.num_units
 
     @property
     def has_adapters(self) -> bool:
@@ -134,7 +116,7 @@ class Pruner:
     @property
     def is_short(self) -> bool:
         """Whether fewer weights are pruned than asked for in the end."""
-        return not self._is_held and self.num_pruned < self._num_zeros_asked(self.scope)
+        return not self._is_held and self.num_pruned < self.pools.num_asked(self.schedule.final_sparsity)
 
     def stopped_by(self, step: int) -> str:
         """Why the sparsity is what it is after `step`, in words."""
@@ -184,7 +166,7 @@ class Pruner:
     def hold(self) -> None:
         """The optimizer has run: pruned weights and their momenta go back to zero."""
         if self.masks is not None:
-            apply_masks_(self.targets, self.masks, self.optimizer)
+            apply_masks_(self.pools.held, self._entry_masks, self.optimizer)
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
@@ -206,7 +188,7 @@ class Pruner:
 
     def _allowed(self, target: float) -> float | None:
         """The sparsity for this update, of the `target` that the schedule asks for; `None`: no update."""
-        count = round(target * self.num_weights)
+        count = self.pools.num_asked(target)
         if self.check is None or count == 0:
             return target if count > 0 else None
         if count == self.num_pruned and self.config.regrowth == 0:  # nothing would change: no need to measure
@@ -215,19 +197,20 @@ class Pruner:
 
     def _change_masks(self, masks: list[Tensor]) -> None:
         """Put the masks in force. With a reward check, what gets lost is kept until its decision."""
-        before, changed = self.masks, self.changed
-        initial = self.statistics.accumulators.get("initial_weight")
+        before = self.masks
         if self.check is not None:
-            gone = [~mask for mask in masks] if before is None else [old & ~new for old, new in zip(before, masks)]
-            saved = save_values(self.targets, gone, self.optimizer) + self.mover.save(initial)
-            self._before = before, changed, saved
+            gone = [~entries for entries in self.pools.expand(masks)]
+            if before is not None:
+                gone = [old & new for old, new in zip(self._entry_masks, gone)]
+            saved = save_values(self.pools.held, gone, self.optimizer) + self.mover.save(self._initial_weights())
+            self._before = before, self.changed, saved
         self._set_masks(masks)
-        self.mover.move_(masks, initial)
-        apply_masks_(self.targets, masks, self.optimizer)
+        self._move()
+        self.hold()
         flipped = (
             self.num_pruned if before is None else sum(int((a ^ b).count_nonzero()) for a, b in zip(before, masks))
         )
-        self.changed = flipped / self.num_weights
+        self.changed = flipped / self.pools.num_units
 
     def rollback(self) -> None:
         """
@@ -239,7 +222,7 @@ class Pruner:
         self._before = None
         restore_values_(saved)
         if masks is None:
-            self.masks, self.num_pruned = None, 0
+            self.masks, self._entry_masks, self.num_pruned = None, [], 0
         else:
             self._set_masks(masks)
 
@@ -248,21 +231,22 @@ class Pruner:
         return not self._is_held and any(self.schedule.is_update(step + 1 + ahead) for ahead in range(COLLECT_STEPS))
 
     def _select(self, sparsity: float, swap: float, step: int) -> list[Tensor]:
-        """Masks at `sparsity`; with global scope in one go, else target by target, to hold one score at a time."""
-        indices = range(len(self.targets))
-        pools = [list(indices)] if self.scope == "global" else [[index] for index in indices]
-        masks: list[Tensor] = []
-        for pool in pools:
-            members = [self.targets[index] for index in pool]
-            scores = [target.to_rows(self._score(index, step)) for index, target in zip(pool, members)]
-            weights = [target.to_rows(target.weight) for target in members]
-            previous = growth = None
-            if self.masks is not None:
-                previous = [target.to_rows(self.masks[index]) for index, target in zip(pool, members)]
-                growth = self._growth(pool, step) if swap > 0 else None
-            chosen = select(scores, weights, sparsity, self.scope, self.config.n_of_m, previous, growth, swap)
-            masks += [target.from_rows(mask) for target, mask in zip(members, chosen)]
-        return masks
+        return self.pools.select(
+            lambda index: self._score(index, step),
+            sparsity,
+            self.masks,
+            lambda index: self.statistics.read("gradient_square", index, self.optimizer, step),
+            swap,
+        )
+
+    def _move(self) -> None:
+        """Move the values of what the new masks prune."""
+        self.mover.move_([self._entry_masks[index] for index in self.pools.movers], self._initial_weights())
+
+    def _initial_weights(self) -> list[Tensor | None] | None:
+        """The weights before training of the targets whose values move, where they are a statistic."""
+        initial = self.statistics.accumulators.get("initial_weight")
+        return None if initial is None else [initial[index] for index in self.pools.movers]
 
     def _score(self, index: int, step: int) -> Tensor:
         statistics = {
@@ -270,21 +254,15 @@ class Pruner:
         }
         return score(self.config.criterion, self.targets[index].weight, statistics)
 
-    def _growth(self, pool: list[int], step: int) -> list[Tensor]:
-        return [
-            self.targets[index].to_rows(self.statistics.read("gradient_square", index, self.optimizer, step)).clone()
-            for index in pool
-        ]
-
     def _set_masks(self, masks: list[Tensor]) -> None:
-        self.masks = masks
-        self.num_pruned = self.num_weights - sum(int(mask.count_nonzero()) for mask in masks)
+        self.masks, self._entry_masks = masks, self.pools.expand(masks)
+        self.num_pruned = self.pools.num_units - sum(int(mask.count_nonzero()) for mask in masks)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) from which `load_state_dict` continues bit for bit."""
         tensors = {f"statistics.{key}": value for key, value in self.statistics.state_dict().items()}
         if self.masks is not None:
-            tensors |= {f"mask.{target.name}": mask for target, mask in zip(self.targets, self.masks)}
+            tensors |= {f"mask.{name}": mask for name, mask in zip(self.pools.names, self.masks)}
         tensors |= {f"moving.{key}": value for key, value in self.mover.state_dict().items()}
         values: dict[str, Any] = {
             "changed": self.changed,
@@ -306,11 +284,14 @@ class Pruner:
         self.statistics.load_state_dict(_below("statistics.", tensors))
         self.mover.load_state_dict(_below("moving.", tensors))
         self.masks, self.num_pruned = None, 0
-        found, names = {key for key in tensors if key.startswith("mask.")}, [f"mask.{t.name}" for t in self.targets]
+        found, names = (
+            {key for key in tensors if key.startswith("mask.")},
+            [f"mask.{name}" for name in self.pools.names],
+        )
         if found - set(names):
             raise KeyError(min(found - set(names)))
         if found:
-            self._set_masks([tensors[name].to(t.parameter.device) for name, t in zip(names, self.targets)])
+            self._set_masks([tensors[name].to(device) for name, device in zip(names, self.pools.devices)])
         self.changed, self.has_signal = values["changed"], values["has_signal"]
         self._is_held, self.mover.is_collecting = values["is_held"], values["is_collecting"]
         if self.check is not None:
@@ -327,6 +308,7 @@ def _check_trainable(config: MamaPruningConfig) -> None:
     """Refuse, by name, what only `prune_model` can do."""
     one_shot_only = {
         "criterion": (config.criterion == "sparsegpt", '"mama" or another key of CRITERIA'),
+        "granularity": (config.granularity == "layer", '"neuron", "head" or "neuron+head"'),
         "allocation": (config.allocation != "uniform", '"uniform", or scope="global" to let layers differ'),
     }
     for name, (asked, instead) in one_shot_only.items():

@@ -16,6 +16,8 @@ from transformers import AutoConfig
 
 from .checkpoint import STATE_NAME
 from .config import MamaPruningConfig
+from .coupling import find_coupled_groups
+from .groups import group_sum, members_of
 from .modeling_mama import MODEL_CLASSES
 from .packed import MamaPackedConfig, packed_tensors
 from .targets import Target, matching_targets, plain_name
@@ -31,6 +33,9 @@ class SparsityReport(dict):
     `parameters`, `sparsity` (zeros / parameters) and `bytes`; a tensor also `shape`, `dtype`, `target` (whether it is
     one) and `n_of_m`, the strictest of 1:4, 2:4 and 4:8 that its rows keep to (`None`: none). `print(report)` shows a
     table.
+
+    Where the recipe prunes neurons or heads, `"groups"` holds, for each kind, `zeros` (groups that are wholly zero,
+    biases included), `groups` and `sparsity` (zeros / groups).
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +54,10 @@ class SparsityReport(dict):
         table.add_section()
         for name in ("targets", "total"):
             table.add_row(name, "", "", *_cells(self[name]), "")
+        for kind, row in self.get("groups", {}).items():
+            table.add_row(
+                f"{kind}s", "", "", f"{row['zeros']:,}", f"{row['groups']:,}", f"{row['sparsity']:.4f}", "", ""
+            )
         return _text(table)
 
 
@@ -57,11 +66,14 @@ class OneShotReport(dict):
     What [`prune_model`] did: a dict with the keys `"recipe"` and `"layers"`. Each weight, by name, has `zeros`,
     `parameters`, `sparsity`, `error_before` (|X W'^T - Y|^2 / |Y|^2 on the calibration data with the kept weights as
     they were), `error` (the same after moving values) and `seconds`. `print(report)` shows a table.
+
+    Where neurons or heads are pruned, a row is a layer's down or output projection, and `zeros` and `parameters` count
+    groups. Where layers are dropped, a row is a layer, and both errors are its influence.
     """
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros in all pruned weights together."""
+        """Fraction of zeros in all pruned weights together; of the groups, or the layers, where these are pruned."""
         rows = self["layers"].values()
         return sum(row["zeros"] for row in rows) / sum(row["parameters"] for row in rows)
 
@@ -138,7 +150,11 @@ def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
         else:
             skeleton, tensors = _skeleton(config), _stored_tensors(files)
     targets = {target.name: target for target in matching_targets(skeleton, _recipe(skeleton))}
-    rows = {name: _describe(tensor, targets.get(plain_name(name))) for name, tensor in tensors}
+    groups = _GroupCount(skeleton)
+    rows = {}
+    for name, tensor in tensors:
+        groups.see(plain_name(name), tensor)
+        rows[name] = _describe(tensor, targets.get(plain_name(name)))
     if sum(row["target"] for row in rows.values()) < len(targets) and not isinstance(model, nn.Module):
         # the file has other names than the model, such as one for each expert: only loading joins them
         return sparsity_report(type(skeleton).from_pretrained(model, dtype="auto"))
@@ -146,7 +162,32 @@ def sparsity_report(model: nn.Module | str | os.PathLike) -> SparsityReport:
         total=_sum(rows.values()),
         targets=_sum(row for row in rows.values() if row["target"]),
         layers=rows,
+        **({"groups": groups.counts()} if groups.live else {}),
     )
+
+
+class _GroupCount:
+    """Which neurons and heads of the recipe have an entry that is not zero, tensor by tensor."""
+
+    def __init__(self, skeleton: Any) -> None:
+        recipe, found = _recipe(skeleton), []
+        if recipe.is_structured and recipe.granularity != "layer":
+            found = find_coupled_groups(skeleton, recipe.granularity, recipe.exclude_modules)
+        self.live = {group: torch.zeros(group.num_groups, dtype=torch.bool) for group in found}
+        self._owners = {member.name: (group, member) for group in found for member in members_of(group)}
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        if name in self._owners:
+            group, member = self._owners[name]
+            self.live[group] |= group_sum(member, (tensor != 0).float()).cpu() > 0
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        counts: dict[str, dict[str, Any]] = {}
+        for group, live in self.live.items():
+            row = counts.setdefault(group.kind, {"zeros": 0, "groups": 0})
+            row["zeros"] += int((~live).sum())
+            row["groups"] += len(live)
+        return {kind: {**row, "sparsity": row["zeros"] / row["groups"]} for kind, row in counts.items()}
 
 
 def _text(table: Table) -> str:

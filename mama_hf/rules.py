@@ -25,7 +25,7 @@ class Pruned:
     """
     Args:
         values (`torch.Tensor` of shape [O, I]): fp32, but exact in the weight's own dtype; zero where pruned.
-        mask (`torch.Tensor` of shape [O, I]): bool.
+        mask (`torch.Tensor`): bool, of the units that compete: the entries [O, I], or groups.
         error_before (`float`): relative squared output error with the kept weights as they were.
         error_after (`float`): the same after moving.
         bias (`torch.Tensor` of shape [O], *optional*): what is added to the bias.
@@ -83,7 +83,7 @@ def prune_layer(
         scores = _score(config, weight, inputs.gram, seed)
         mask = select([scores], [weight], sparsity, scope_of(config), config.n_of_m)[0]
         moved = _move(config, weight, mask, inputs, moments, iterations)
-    return _finish(config, weight, moved.to(dtype).float(), mask, inputs, moments)
+    return finish(config, weight, moved.to(dtype).float(), mask, inputs, moments)
 
 
 def _score(config: MamaPruningConfig, weight: Tensor, gram: Tensor, seed: int) -> Tensor:
@@ -106,7 +106,7 @@ def _move(
     return weight * mask
 
 
-def _finish(
+def finish(
     config: MamaPruningConfig, weight: Tensor, moved: Tensor, mask: Tensor, inputs: Inputs, moments: Moments
 ) -> Pruned:
     """Keep, row by row, the better of the moved and the unmoved values (SparseGPT stays as published)."""

@@ -887,6 +887,12 @@ RESUMABLE: dict[str, dict[str, Any]] = {
     "regrowth-adam": {"regrowth": 0.2},
     "regrowth-fisher": {"criterion": "fisher", "regrowth": 0.2, "scope": "layer"},
     "2of4": {"granularity": "2:4", "final_sparsity": 0.5},
+    "neuron-adam": {"granularity": "neuron"},
+    "neuron-taylor": {"granularity": "neuron", "criterion": "taylor", "scope": "layer"},
+    "neuron+head-wanda": {"granularity": "neuron+head", "criterion": "wanda"},
+    "neuron-displacement-least-squares": {
+        **{"granularity": "neuron", "criterion": "displacement", "move_values": "least_squares", "update_every": 3},
+    },
     "least-squares": {"move_values": "least_squares"},
     "displacement-least-squares": {"move_values": "least_squares", "criterion": "displacement", "update_every": 3},
 }
@@ -1048,7 +1054,7 @@ def run_rank(
             trainer = Trainer(copy.deepcopy(model), args, train_dataset=rows, callbacks=callbacks)
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=resume)
-            masks = dict(zip([target.name for target in pruner(trainer).targets], pruner(trainer).masks))
+            masks = dict(zip(pruner(trainer).pools.names, pruner(trainer).masks))
             tensors = dict(trainer.model.state_dict()) | {f"mask.{key}": mask for key, mask in masks.items()}
             save_file(tensors, f"{folder}/{name}-{resume is not None}-{rank}.safetensors")
     torch.distributed.barrier()
@@ -1062,6 +1068,7 @@ def test_two_processes_agree(tiny_llama: LlamaForCausalLM, make_dataset: Callabl
         "wanda": recipe(criterion="wanda", end=8),
         "random": recipe(criterion="random"),
         "moved": recipe(move_values="least_squares", start=3, update_every=3),
+        "neurons": recipe(granularity="neuron", criterion="wanda", final_sparsity=0.5),
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -1079,9 +1086,12 @@ def test_two_processes_agree(tiny_llama: LlamaForCausalLM, make_dataset: Callabl
         )
         assert_same(first, second)
         assert_same(resumed, resumed_second)
+        assert_same(first, resumed)
+        if name == "neurons":
+            assert [int(mask.sum()) for key, mask in first.items() if key.startswith("mask.")] == [32, 32]
+            continue
         final = {key: first[key] for key in prunable(tiny_llama)}
         if name != "wanda" and name != "random":
             assert num_zeros(final) == round(0.6 * num_entries(final))
         for key, weight in final.items():
             assert_same(weight != 0, first[f"mask.{key}"])
-        assert_same(first, resumed)

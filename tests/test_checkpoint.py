@@ -110,9 +110,9 @@ def test_resumed_equals_uninterrupted(
 
 
 def pool_sizes(pruner: Pruner) -> list[int]:
-    if pruner.scope == "global":
-        return [pruner.num_weights]
-    if pruner.scope == "row":
+    if pruner.pools.scope == "global":
+        return [pruner.pools.num_units]
+    if pruner.pools.scope == "row":
         return [t.num_inputs for t in pruner.targets for _ in range(t.parameter.numel() // t.num_inputs)]
     return [target.parameter.numel() for target in pruner.targets]
 

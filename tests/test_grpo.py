@@ -289,7 +289,11 @@ def test_evaluation_is_no_signal(path: str, train: Train) -> None:
 # ---------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("config", [{}, {"criterion": "taylor"}, {"criterion": "wanda"}, {"regrowth": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"criterion": "taylor"}, {"criterion": "wanda"}, {"regrowth": 0.2}, {"granularity": "neuron+head"}],
+    ids=str,
+)
 def test_resume_equals_uninterrupted(
     model: PreTrainedModel, train: Train, tmp_path: Path, config: dict[str, Any]
 ) -> None:

@@ -331,7 +331,7 @@ def test_global_scope_with_fewer_entries_than_layers() -> None:
 
 def test_granularities_invert() -> None:
     rows = torch.arange(24.0).reshape(3, 8)
-    shapes = {"layer": (1, 24), "row": (3, 8), "n:m": (6, 4)}
+    shapes = {"layer": (1, 24), "row": (3, 8), "n:m": (6, 4), "neuron": (1, 24), "head": (1, 24)}
     assert set(GRANULARITIES) == set(shapes)
     for name, granularity in GRANULARITIES.items():
         pools = granularity.to_pools(rows, 4)

@@ -377,7 +377,7 @@ def test_combinations_that_can_not_work_are_refused_by_name():
         prune_model(make("llama"), {"final_sparsity": 0.5}, batches())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{"criterion": "sparsegpt"}, {"allocation": "owl"}])
+@pytest.mark.parametrize("changes", [{"criterion": "sparsegpt"}, {"allocation": "owl"}, {"granularity": "layer"}])
 def test_the_pruner_refuses_what_only_one_shot_can_do(changes):
     model = make("llama")
     with pytest.raises(NotImplementedError, match=f"{next(iter(changes))}=.*prune_model"):
