@@ -25,8 +25,9 @@ class MamaPruningCallback(TrainerCallback):
     Prunes the model while any transformers or TRL trainer trains it:
     `Trainer(..., callbacks=[MamaPruningCallback(recipe)])`.
 
-    Logs `pruning/sparsity` (fraction of zeros in the targeted weights, or of the groups), `pruning/target` (what the schedule asks for)
-    and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own logs.
+    Logs `pruning/sparsity` (fraction of zeros in the targeted weights, or of the groups), `pruning/target` (what the
+    schedule asks for) and `pruning/changed` (share of the mask that the last update flipped) with the trainer's own
+    logs.
 
     Args:
         config (`MamaPruningConfig`): the recipe.
