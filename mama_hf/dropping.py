@@ -50,8 +50,8 @@ def block_influence(
         for batch, state in enumerate(states):
             before = state.to(there)
             after = walk.run(block, before, walk.to_device(calls[batch][index], there))
-            rows = [walk.flatten(value, tokens[batch]) for value in (before, after)]
-            total += float((1 - cosine_similarity(*rows, dim=-1)).double().sum())
+            rows, moved = walk.flatten(before, tokens[batch]), walk.flatten(after, tokens[batch])
+            total += float((1 - cosine_similarity(rows, moved, dim=-1)).double().sum())
             states[batch] = after.to(state.device)
         block.to(home)
         influence.append(total / sum(int(valid.sum()) for valid in tokens))
