@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from . import blocks as walk
@@ -30,25 +31,42 @@ _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 @torch.no_grad()
-def block_influence(model: PreTrainedModel, batches: Sequence[Batch]) -> list[float]:
-    """1 - cos(h_in, h_out) of each layer, the mean over the tokens of `batches`."""
+def block_influence(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> list[float]:
+    """1 - cos(h_in, h_out) of each layer, the mean over the tokens of `batches`; each layer works on `device`."""
     _, blocks = walk.find_blocks(model)
-    hidden, calls = walk.capture(model, blocks, batches)
-    total = [0.0] * len(blocks)
-    for batch, state in enumerate(hidden):
-        valid = batches[batch]["attention_mask"].flatten().bool()
-        for index, block in enumerate(blocks):
-            after = walk.run(block, state, calls[batch][index])
-            similar = cosine_similarity(walk.flatten(state, valid), walk.flatten(after, valid), dim=-1)
-            total[index] += float((1 - similar).double().sum())
-            state = after
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return [value / tokens for value in total]
+    states, calls = walk.capture(model, blocks, batches)
+    tokens = [batch["attention_mask"].flatten().bool() for batch in batches]
+    influence = []
+    for index, block in enumerate(tqdm(blocks, "layers", disable=not progress)):
+        home = next(block.parameters()).device
+        there = home if device is None else torch.device(device)
+        block.to(there)
+        total = 0.0
+        for batch, state in enumerate(states):
+            before = state.to(there)
+            after = walk.run(block, before, walk.to_device(calls[batch][index], there))
+            rows, moved = walk.flatten(before, tokens[batch]), walk.flatten(after, tokens[batch])
+            total += float((1 - cosine_similarity(rows, moved, dim=-1)).double().sum())
+            states[batch] = after.to(state.device)
+        block.to(home)
+        influence.append(total / sum(int(valid.sum()) for valid in tokens))
+    return influence
 
 
-def drop_layers(model: PreTrainedModel, recipe: MamaPruningConfig, batches: Sequence[Batch]) -> OneShotReport:
+def drop_layers(
+    model: PreTrainedModel,
+    recipe: MamaPruningConfig,
+    batches: Sequence[Batch],
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> OneShotReport:
     """
-    Remove the layers of least influence from `model`, in place.
+    Remove the layers of least influence from `model`, in place. The arguments are those of [`prune_model`].
 
     Raises:
         `ValueError`: if too many layers are excluded, or the native class does not load what would be left.
@@ -63,7 +81,7 @@ def drop_layers(model: PreTrainedModel, recipe: MamaPruningConfig, batches: Sequ
             f"final_sparsity={recipe.final_sparsity} drops {number} layers, but exclude_modules={excluded!r} leaves "
             f"{len(free)} of {len(blocks)}. Lower the first or exclude fewer."
         )
-    influence = block_influence(model, batches)
+    influence = block_influence(model, batches, device, progress)
     dropped = sorted(sorted(free, key=lambda index: influence[index])[:number])
     kept = [index for index in range(len(blocks)) if index not in dropped]
     _keep(model, name, blocks, kept)

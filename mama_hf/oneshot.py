@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import blocks as walk
-from .calibration import Batch, check_calibration
+from .calibration import check_calibration
 from .checkpoint import describe, save_recipe_with
 from .config import MamaPruningConfig
 from .dropping import drop_layers
@@ -65,7 +65,7 @@ def prune_model(
         device (`str` or `torch.device`, *optional*):
             where each block is worked on; it goes back afterwards. `None`: where the model is.
         iterations (`int`, *optional*, defaults to 14):
-            quality against time: solver steps with `move_values="least_squares"`.
+            quality against time: solver steps with `move_values="least_squares"`, where entries go.
         resume_dir (`str`, *optional*):
             folder for finished blocks. A run that was stopped continues from there, given the same dense model, recipe
             and calibration, and ends with the same weights bit for bit. It can be deleted after the call.
@@ -79,12 +79,15 @@ def prune_model(
         it was.
     """
     _check_recipe(recipe)
+    _check_use(recipe, iterations=iterations, resume_dir=resume_dir)
     if iterations is not None and iterations < 1:
         raise ValueError(f"iterations={iterations!r} must be at least 1, or None for {DEFAULT_ITERATIONS}.")
     embeddings: Any = model.get_input_embeddings()
     batches = check_calibration(calibration, embeddings.num_embeddings)
     if recipe.granularity == "layer":
-        return _drop(model, recipe, batches, resume_dir)
+        with walk.inference_mode_of(model):
+            report = drop_layers(model, recipe, batches, device, progress)
+        return _finish(model, recipe, report)
     structured = StructuredRule(model, recipe) if recipe.is_structured else None
     targets = _block_targets(model, recipe) if structured is None else structured.targets
     engine = Engine(model, recipe, batches, targets, device, iterations or DEFAULT_ITERATIONS, structured)
@@ -99,21 +102,10 @@ def prune_model(
         except BaseException:
             engine.restore()
             raise
-    save_recipe_with(model)
-    describe(model, recipe, report.sparsity)
-    return report
+    return _finish(model, recipe, report)
 
 
-def _drop(
-    model: PreTrainedModel, recipe: MamaPruningConfig, batches: list[Batch], resume_dir: str | os.PathLike | None
-) -> OneShotReport:
-    """Whole layers go, in one pass over the dense model."""
-    if resume_dir is not None:
-        raise ValueError(
-            "resume_dir has no use with granularity='layer', which takes one pass over the data. Leave it out."
-        )
-    with walk.inference_mode_of(model):
-        report = drop_layers(model, recipe, batches)
+def _finish(model: PreTrainedModel, recipe: MamaPruningConfig, report: OneShotReport) -> OneShotReport:
     save_recipe_with(model)
     describe(model, recipe, report.sparsity)
     return report
@@ -136,6 +128,19 @@ def _block_targets(model: PreTrainedModel, recipe: MamaPruningConfig) -> list[Ta
     if not targets:
         raise ValueError(f"None of the recipe's targets is inside the layers of {name}.")
     return targets
+
+
+def _check_use(recipe: MamaPruningConfig, **given: Any) -> None:
+    """Refuse arguments that would do nothing."""
+    useless = {
+        "iterations": (recipe.is_structured, "which is solved exactly"),
+        "resume_dir": (recipe.granularity == "layer", "which takes one pass over the data"),
+    }
+    for name, (asked, reason) in useless.items():
+        if asked and given[name] is not None:
+            raise ValueError(
+                f"{name}={given[name]!r} has no use with granularity={recipe.granularity!r}, {reason}. Leave it out."
+            )
 
 
 def _check_recipe(recipe: MamaPruningConfig) -> None:

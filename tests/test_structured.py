@@ -123,6 +123,11 @@ def test_excluded_layers_stay() -> None:
         prune(make_family("llama"), exclude_modules=["mlp.down_proj"])
 
 
+def test_iterations_are_refused() -> None:
+    with pytest.raises(ValueError, match="iterations=5 has no use with granularity='neuron'"):
+        prune_model(make_family("llama"), recipe(), batches(), iterations=5, progress=False)
+
+
 def test_an_unknown_family_is_refused_with_the_list() -> None:
     config = CLIPTextConfig(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"'clip_text_model' are not known\. Known are llama, .*modernbert"):
