@@ -81,12 +81,15 @@ def test_the_python_blocks_run_in_order(hub):
         exec(block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(hub))), namespace)
     assert namespace["sparsity_report"]("one-shot-model")["targets"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert namespace["sparsity_report"]("sparse-model")["targets"]["sparsity"] == pytest.approx(0.7, abs=1e-4)
-    packed, (pushed,) = Path("packed-model"), Path("me").iterdir()
+    packed, pushed = Path("packed-model"), Path("me/smollm2-sparse")
     assert {"config.json", "packed_model.safetensors", "pruning_config.json"} <= {
         path.name for path in packed.iterdir()
     }
     assert {"README.md", "packed_model.safetensors", "tokenizer.json"} <= {path.name for path in pushed.iterdir()}
     assert torch.equal(namespace["llm"].lm_head.weight, AutoModelForCausalLM.from_pretrained(pushed).lm_head.weight)
+    small, served = AutoModelForCausalLM.from_pretrained("small-model"), Path("me/smollm2-small")
+    assert small.config.intermediate_size == mix6.build_model(mix6.build_tokenizer(), 0).config.intermediate_size // 2
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in served.iterdir()}
     merged = namespace["sparsity_report"]("merged")["layers"]
     queries = [row for name, row in merged.items() if "q_proj" in name or "v_proj" in name]
     assert sum(row["zeros"] for row in queries) >= 0.5 * sum(row["parameters"] for row in queries)
