@@ -20,6 +20,7 @@ from .config import MamaPruningConfig
 from .pruner import Pruner, unwrap_optimizer
 from .report import TrainingReport
 from .reward_check import RewardCheck, RewardState
+from .shrink import shrink
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class MamaPruningCallback(TrainerCallback):
         reward_driven (`bool`, *optional*, defaults to `False`): set by [`MamaGRPOTrainer`].
         has_teacher (`bool`, *optional*, defaults to `False`): set by trainers that distil.
         measure_reward (`Callable`, *optional*): () -> reward, for `reward_tolerance`; set by [`MamaGRPOTrainer`].
+        shrink_to (`str`, *optional*):
+            folder for the served form: when training ends, the model without the neurons or heads that were pruned is
+            saved there, with the tokenizer.
 
     Raises:
         `ValueError`: before the first step, for a recipe that does not fit the run.
@@ -56,6 +60,7 @@ class MamaPruningCallback(TrainerCallback):
         reward_driven: bool = False,
         has_teacher: bool = False,
         measure_reward: Callable[[], float] | None = None,
+        shrink_to: str | os.PathLike | None = None,
     ) -> None:
         if not isinstance(config, MamaPruningConfig):
             raise TypeError(f"config must be a MamaPruningConfig, not {type(config).__name__}.")
@@ -70,7 +75,12 @@ class MamaPruningCallback(TrainerCallback):
                 "reward, which only MamaGRPOTrainer(pruning_config=...) has. Elsewhere set reward_tolerance=None and "
                 "final_sparsity to a number."
             )
-        self.config = config
+        if shrink_to is not None and not config.is_structured:
+            raise ValueError(
+                f"shrink_to={str(shrink_to)!r} needs something to cut out, and granularity={config.granularity!r} "
+                'leaves zeros in single places. Set granularity="neuron" or leave shrink_to out.'
+            )
+        self.config, self.shrink_to = config, shrink_to
         self.resume_from = resume_from
         self.reward_driven, self.measure_reward = reward_driven, measure_reward
         self.pruner: Pruner | None = None
@@ -190,6 +200,16 @@ class MamaPruningCallback(TrainerCallback):
                 asked,
             )
         self._make_report(state)
+        if self.shrink_to is not None and state.is_world_process_zero:
+            self._save_shrunk(kwargs["model"], kwargs.get("processing_class"), self.shrink_to)
+
+    def _save_shrunk(self, model: Any, processing_class: Any, folder: str | os.PathLike) -> None:
+        if self._running().num_pruned == 0:
+            logger.warning("Nothing was pruned, so nothing is saved to %s.", folder)
+            return
+        shrink(model).save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
 
     def _reward_check(self) -> RewardCheck | None:
         if self.config.reward_tolerance is None:

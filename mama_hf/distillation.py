@@ -37,6 +37,7 @@ class DistillationMixin(Trainer):
         teacher_model (`PreTrainedModel`, `str` or `os.PathLike`, *optional*):
             a model, a path or Hub id, `"initial"` (the model before training) or `"snapshot"` (a copy taken when
             pruning starts; there is no distillation before). Goes with `distillation_weight > 0` in the recipe.
+        shrink_to (`str`, *optional*): as in [`MamaPruningCallback`].
         args, kwargs: as in the trainer.
 
     Raises:
@@ -50,8 +51,11 @@ class DistillationMixin(Trainer):
         *args: Any,
         pruning_config: MamaPruningConfig | None = None,
         teacher_model: PreTrainedModel | str | os.PathLike | None = None,
+        shrink_to: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
+        if shrink_to is not None and pruning_config is None:
+            raise ValueError("shrink_to does nothing without pruning_config.")
         super().__init__(*args, **kwargs)
         self.pruning_callback: MamaPruningCallback | None = None
         self.set_teacher(pruning_config, teacher_model)
@@ -59,7 +63,9 @@ class DistillationMixin(Trainer):
             return
         if any(isinstance(callback, MamaPruningCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("Give either pruning_config or a MamaPruningCallback, not both.")
-        self.pruning_callback = MamaPruningCallback(pruning_config, has_teacher=self.teacher is not None)
+        self.pruning_callback = MamaPruningCallback(
+            pruning_config, has_teacher=self.teacher is not None, shrink_to=shrink_to
+        )
         self.add_callback(self.pruning_callback)
 
     def set_teacher(self, config: MamaPruningConfig | None, teacher_model: Any) -> None:

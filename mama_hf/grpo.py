@@ -1,5 +1,6 @@
 """`MamaGRPOTrainer`: TRL's GRPOTrainer with a pruner that hears of the rewards."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
             held-out prompts for `reward_tolerance`, with the columns of the train set. `None`: its last rows, taken
             out of training (5 %, at most 16 to 64; see `hold_out`).
         teacher_model (*optional*): as in [`DistillationMixin`]; the completions' tokens are distilled.
+        shrink_to (`str`, *optional*): as in [`MamaPruningCallback`].
         args, kwargs: as in [`~trl.GRPOTrainer`].
 
     Raises:
@@ -49,8 +51,11 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
         pruning_config: MamaPruningConfig | None = None,
         pruning_eval_dataset: Dataset | list[dict[str, Any]] | None = None,
         teacher_model: Any = None,
+        shrink_to: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
+        if shrink_to is not None and pruning_config is None:
+            raise ValueError("shrink_to does nothing without pruning_config.")
         if pruning_eval_dataset is not None and (pruning_config is None or pruning_config.reward_tolerance is None):
             raise ValueError(
                 "pruning_eval_dataset is for the reward check: set reward_tolerance in pruning_config, or drop it."
@@ -71,7 +76,11 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
             )
         measure = None if pruning_config.reward_tolerance is None else self._held_out_reward(pruning_eval_dataset)
         self.pruning_callback = MamaPruningCallback(
-            pruning_config, reward_driven=True, has_teacher=self.teacher is not None, measure_reward=measure
+            pruning_config,
+            reward_driven=True,
+            has_teacher=self.teacher is not None,
+            measure_reward=measure,
+            shrink_to=shrink_to,
         )
         self.add_callback(self.pruning_callback)
 

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "pruner": {"config", "criteria", "moving", "pools", "reward_check", "schedule", "statistics", "targets", "values"},
     "report": {"checkpoint", "config", "coupling", "groups", "modeling_mama", "packed", "targets"},
     "checkpoint": {"config", "pruner", "version"},
-    "callback": {"checkpoint", "config", "pruner", "report", "reward_check"},
+    "callback": {"checkpoint", "config", "pruner", "report", "reward_check", "shrink"},
     "cli": {"commands", "version"},
     "commands": {"calibration", "config", "evaluation", "oneshot", "report", "shrink"},
     "heads": set(),

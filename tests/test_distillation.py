@@ -538,3 +538,31 @@ def test_batches_without_labels_are_refused(student: PreTrainedModel, make: Make
     trainer = make("trainer", student, MamaTrainer)
     with pytest.raises(ValueError, match="labels"):
         trainer.token_weights({"input_ids": torch.zeros(1, 3)}, None)
+
+
+# ---------------------------------------------------------------------------------------------- the served form
+
+
+@pytest.mark.parametrize("kind", list(OURS))
+def test_the_shrunk_model_is_saved_when_training_ends(
+    kind: str, student: PreTrainedModel, make: Make, tmp_path: Path
+) -> None:
+    config = recipe(granularity="neuron", final_sparsity=0.5, scope="layer", distillation_weight=0.0)
+    trainer = make(kind, student, OURS[kind], keywords={"pruning_config": config, "shrink_to": tmp_path / "small"})
+    trainer.train()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert small.config.intermediate_size == student.config.intermediate_size // 2
+    ids = torch.arange(3, 11).unsqueeze(0)
+    with torch.no_grad():
+        expected = trainer.model.eval()(ids).logits
+        torch.testing.assert_close(small.eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+
+
+def test_what_can_not_be_shrunk_is_refused_at_once(student: PreTrainedModel, make: Make) -> None:
+    config = recipe(distillation_weight=0.0)
+    for kind, trainer_class in OURS.items():
+        with pytest.raises(ValueError, match=r"shrink_to='small' needs something to cut out.*neuron"):
+            make(kind, student, trainer_class, keywords={"pruning_config": config, "shrink_to": "small"})
+        with pytest.raises(ValueError, match="without pruning_config"):
+            make(kind, student, trainer_class, keywords={"shrink_to": "small"})
