@@ -64,6 +64,11 @@ VARIANTS: dict[str, tuple[Criterion, dict[str, Any]]] = {
         CRITERIA["mama"],
         {"move_values": "least_squares", "update_every": 30},
     ),
+    "mama, teacher from the start of pruning": (CRITERIA["mama"], {"distillation_weight": 1.0}),
+    "mama, values moved, that teacher": (
+        CRITERIA["mama"],
+        {"move_values": "least_squares", "distillation_weight": 1.0},
+    ),
     "mama, an update every 5 steps": (CRITERIA["mama"], {"update_every": 5}),
     "mama, an update every step": (CRITERIA["mama"], {"update_every": 1}),
 }
@@ -77,7 +82,8 @@ def run(seed: int, sparsity: float, variant: str, tokenizer: Any, folder: Path) 
     criteria.CRITERIA[name] = criterion
     try:
         recipe = MamaPruningConfig(final_sparsity=sparsity, start=START, end=END, criterion=name, **fields)  # type: ignore[arg-type]
-        return post_train(pretrained(tokenizer, seed, folder), tokenizer, seed, recipe)[0]
+        teacher = {"teacher_model": "snapshot"} if recipe.distillation_weight > 0 else {}
+        return post_train(pretrained(tokenizer, seed, folder), tokenizer, seed, recipe, **teacher)[0]
     finally:
         criteria.CRITERIA[name] = shipped
 
