@@ -154,6 +154,9 @@ class ValueMover:
                 assert start is not None, "every target has one"
                 start += values - target.weight
             target.parameter.data.copy_(values)
+
+    def forget(self) -> None:
+        """The update is over: what was collected for it is used up."""
         self.inputs.clear()
 
     def _moved(self, index: int, mask: Tensor) -> Tensor:

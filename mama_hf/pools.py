@@ -6,7 +6,7 @@ Shapes: O = out, I = in, G = groups of a layer.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class EntryPools:
         self.scope = "layer" if config.n_of_m else config.scope or scope
         self.targets = find_targets(model, config)  # what is scored
         self.held = self.targets  # what is masked, in the order of `expand`
+        self.kinds = {"weight": list(range(len(self.targets)))}  # kind of unit -> the places of its masks
         self.movers = list(range(len(self.targets)))  # targets whose pruned values may be moved
         self.names = [target.name for target in self.targets]  # of the masks
         self.devices = [target.parameter.device for target in self.targets]
@@ -51,6 +52,10 @@ class EntryPools:
     def num_asked(self, sparsity: float) -> int:
         """Units that go at `sparsity`, by the rounding of the scope."""
         return self._asked_by_scope(sparsity)[self.scope]
+
+    def num_asked_of(self, kind: str, sparsity: float) -> int:
+        """The same of one kind: there is only one."""
+        return self.num_asked(sparsity)
 
     def _asked_by_scope(self, sparsity: float) -> dict[str, int]:
         shapes = [target.row_shape for target in self.targets]
@@ -80,6 +85,7 @@ class EntryPools:
         previous: Sequence[Tensor] | None = None,
         growth: Scores | None = None,
         swap: float = 0.0,
+        kinds: Iterable[str] = ("weight",),
     ) -> list[Tensor]:
         """
         Masks at `sparsity`; with global scope in one go, else target by target, to hold one score at a time.
@@ -135,6 +141,9 @@ class GroupPools:
         self.names = [group.name for group in self.groups]
         self.devices = [group.writers[0].parameter.device for group in self.groups]
         self.num_units = sum(group.num_groups for group in self.groups)
+        self.kinds: dict[str, list[int]] = {}  # kind -> the places of its layers in `groups`
+        for place, group in enumerate(self.groups):
+            self.kinds.setdefault(group.kind, []).append(place)
 
     def alive(self) -> list[Tensor]:
         """The masks of what is not wholly zero."""
@@ -142,13 +151,13 @@ class GroupPools:
 
     def num_asked(self, sparsity: float) -> int:
         """Groups that go at `sparsity`, rounded as `select` rounds."""
-        return sum(self._num_asked(kind, sparsity) for kind in self._kinds())
+        return sum(self.num_asked_of(kind, sparsity) for kind in self.kinds)
 
     def meets(self, masks: Sequence[Tensor], sparsity: float) -> bool:
         """Whether `masks` prune as many groups of each kind as are asked for."""
         return self.num_asked(sparsity) > 0 and all(
-            _num_pruned([masks[place] for place in places]) >= self._num_asked(kind, sparsity)
-            for kind, places in self._kinds().items()
+            _num_pruned([masks[place] for place in places]) >= self.num_asked_of(kind, sparsity)
+            for kind, places in self.kinds.items()
         )
 
     def exceeds(self, masks: Sequence[Tensor], sparsity: float) -> bool:
@@ -162,10 +171,18 @@ class GroupPools:
         previous: Sequence[Tensor] | None = None,
         growth: Scores | None = None,
         swap: float = 0.0,
+        kinds: Iterable[str] = ("neuron", "head"),
     ) -> list[Tensor]:
-        """The masks at `sparsity`. Nothing grows back: what is wholly zero gets no gradient, as the recipe says."""
-        masks: dict[int, Tensor] = {}
-        for kind, places in self._kinds().items():
+        """
+        The masks at `sparsity`. Nothing grows back: what is wholly zero gets no gradient, as the recipe says.
+
+        Args:
+            kinds (`Iterable[str]`, *optional*): whose masks change; the others stay as they are.
+        """
+        masks = dict(enumerate(self.alive() if previous is None else previous))
+        for kind, places in self.kinds.items():
+            if kind not in kinds:
+                continue
             scores = [self._sum(self.groups[place], score) for place in places]
             sizes = [self._sum(self.groups[place], lambda index: self.targets[index].weight.abs()) for place in places]
             before = None if previous is None else [previous[place] for place in places]
@@ -182,15 +199,9 @@ class GroupPools:
         }
         return [entries[member.name] for member in self._members]
 
-    def _kinds(self) -> dict[str, list[int]]:
-        """Kind -> the places of its layers in `groups`."""
-        kinds: dict[str, list[int]] = {}
-        for place, group in enumerate(self.groups):
-            kinds.setdefault(group.kind, []).append(place)
-        return kinds
-
-    def _num_asked(self, kind: str, sparsity: float) -> int:
-        sizes = [self.groups[place].num_groups for place in self._kinds()[kind]]
+    def num_asked_of(self, kind: str, sparsity: float) -> int:
+        """The same of one kind."""
+        sizes = [self.groups[place].num_groups for place in self.kinds[kind]]
         multiple = self.multiple_of if kind == "neuron" else 1
         if self.scope == "global":
             return sum(sizes) - num_kept(sum(sizes), sparsity, multiple)

@@ -1,6 +1,7 @@
 """The state machine that composes statistics, criteria, masks and values. It knows steps, but no trainer."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -174,26 +175,40 @@ class Pruner:
         self.mover.is_collecting = self._is_update_near(step)
         if self._is_held or not self.schedule.is_update(step):
             return False
-        sparsity = self._allowed(self.schedule.sparsity(step))
+        target = self.schedule.sparsity(step)
+        if self.check is not None:  # neurons and heads are tried one after the other: heads cost far more
+            changed = [self._try(kind, target, step, self.check) for kind in self.pools.kinds]
+        else:
+            changed = [self.pools.num_asked(target) > 0]
+            if changed[0]:
+                self._change_masks(self._select(target, self.pools.kinds, step))
+        self.mover.forget()
+        return any(changed)
+
+    def _try(self, kind: str, target: float, step: int, check: RewardCheck) -> bool:
+        """Change the masks of one kind of unit as far as the reward check lets it. Returns whether they changed."""
+        num_units, reached = self._count(kind)
+        count = self.pools.num_asked_of(kind, target)
+        if count == 0 or (count == reached and self.config.regrowth == 0):  # nothing would change: don't measure
+            return False
+        sparsity = check.propose(reached / num_units, target, kind)
         if sparsity is None:
             return False
-        swap = self.config.regrowth * (self.schedule.end - step) / max(1, self.schedule.end - self.schedule.start)
-        reached = self.sparsity
-        self._change_masks(self._select(sparsity, max(0.0, swap), step))
-        if self.check is not None and not self.check.accept(self.sparsity - reached):
+        self._change_masks(self._select(sparsity, [kind], step))
+        if not check.accept((self._count(kind)[1] - reached) / num_units, kind, 1 / num_units):
             self.rollback()
             return False
         self._before = None
         return True
 
-    def _allowed(self, target: float) -> float | None:
-        """The sparsity for this update, of the `target` that the schedule asks for; `None`: no update."""
-        count = self.pools.num_asked(target)
-        if self.check is None or count == 0:
-            return target if count > 0 else None
-        if count == self.num_pruned and self.config.regrowth == 0:  # nothing would change: no need to measure
-            return None
-        return self.check.propose(self.sparsity, target)
+    def _count(self, kind: str) -> tuple[int, int]:
+        """Units of a kind, and how many of them are pruned."""
+        masks = self.pools.alive() if self.masks is None else self.masks
+        members = [masks[place] for place in self.pools.kinds[kind]]
+        num_units = sum(mask.numel() for mask in members)
+        if self.masks is None:
+            return num_units, 0
+        return num_units, num_units - sum(int(mask.count_nonzero()) for mask in members)
 
     def _change_masks(self, masks: list[Tensor]) -> None:
         """Put the masks in force. With a reward check, what gets lost is kept until its decision."""
@@ -230,13 +245,15 @@ class Pruner:
         """Whether the inputs of the step after `step` count for the next mask update."""
         return not self._is_held and any(self.schedule.is_update(step + 1 + ahead) for ahead in range(COLLECT_STEPS))
 
-    def _select(self, sparsity: float, swap: float, step: int) -> list[Tensor]:
+    def _select(self, sparsity: float, kinds: Iterable[str], step: int) -> list[Tensor]:
+        swap = self.config.regrowth * (self.schedule.end - step) / max(1, self.schedule.end - self.schedule.start)
         return self.pools.select(
             lambda index: self._score(index, step),
             sparsity,
             self.masks,
             lambda index: self.statistics.read("gradient_square", index, self.optimizer, step),
-            swap,
+            max(0.0, swap),
+            kinds,
         )
 
     def _move(self) -> None:

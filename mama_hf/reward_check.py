@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -26,16 +26,16 @@ class RewardState:
         first (`float`, *optional*): reward before training.
         best (`float`, *optional*): running best of all checks.
         last (`float`, *optional*): reward at the newest check.
-        step_limit (`float`, *optional*): largest rise of the sparsity at the next update; `None`: no limit.
-        hold_left (`int`): updates still to be left out.
+        step_limits (`dict`): kind of unit -> largest rise of its sparsity at the next update; none: no limit.
+        holds (`dict`): kind of unit -> updates still to be left out.
         num_checks, num_rollbacks, num_held (`int`): measurements, updates taken back, updates left out.
     """
 
     first: float | None = None
     best: float | None = None
     last: float | None = None
-    step_limit: float | None = None
-    hold_left: int = 0
+    step_limits: dict[str, float] = field(default_factory=dict)
+    holds: dict[str, int] = field(default_factory=dict)
     num_checks: int = 0
     num_rollbacks: int = 0
     num_held: int = 0
@@ -76,36 +76,40 @@ class RewardCheck:
             )
         self.state.first = self.state.last
 
-    def propose(self, sparsity: float, target: float) -> float | None:
+    def propose(self, sparsity: float, target: float, kind: str = "weight") -> float | None:
         """
         The sparsity that the update due now should try; `None`: leave the update out.
 
         Args:
             sparsity (`float`): where the masks are.
             target (`float`): what the schedule asks for.
+            kind (`str`, *optional*, defaults to `"weight"`): of what is pruned; each has its own holds and steps.
         """
         state = self.state
-        if state.hold_left > 0 or not self._is_good():
-            state.hold_left = max(0, state.hold_left - 1)
+        hold = state.holds.get(kind, 0)
+        if hold > 0 or not self._is_good():
+            state.holds[kind] = max(0, hold - 1)
             state.num_held += 1
             return None
-        return target if state.step_limit is None else min(target, sparsity + state.step_limit)
+        return min(target, sparsity + state.step_limits[kind]) if kind in state.step_limits else target
 
-    def accept(self, step_size: float) -> bool:
+    def accept(self, step_size: float, kind: str = "weight", min_step: float = MIN_STEP) -> bool:
         """
         Measure right after an update: whether it may stay.
 
         Args:
             step_size (`float`): by how much it has raised the sparsity.
+            kind (`str`, *optional*, defaults to `"weight"`): of what is pruned.
+            min_step (`float`, *optional*): smallest step that is tried, if larger than `MIN_STEP`: one unit.
         """
         state = self.state
         if self._is_good():
-            if state.step_limit is not None:
-                state.step_limit *= SPEED_UP
+            if kind in state.step_limits:
+                state.step_limits[kind] *= SPEED_UP
             return True
         state.num_rollbacks += 1
-        state.hold_left = HOLD_UPDATES
-        state.step_limit = max(MIN_STEP, step_size * BACK_OFF)
+        state.holds[kind] = HOLD_UPDATES
+        state.step_limits[kind] = max(MIN_STEP, min_step, step_size * BACK_OFF)
         return False
 
     def _is_good(self) -> bool:

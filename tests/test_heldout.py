@@ -252,6 +252,18 @@ def test_a_rollback_restores_all_bit_for_bit(model: PreTrainedModel, make_traine
     assert pruner_of.pruner._before is None
 
 
+def test_heads_are_taken_back_and_neurons_stay(model: PreTrainedModel, make_trainer: Train) -> None:
+    """Each kind is tried and measured by itself; after the roll-back, heads hold while neurons go on."""
+    rewards = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]  # before; neurons and heads at step 2; neurons at step 3; after
+    span = {"start": 2, "end": 3, "initial_sparsity": 0.25, "final_sparsity": 0.5}
+    trainer = make_trainer(model, recipe(granularity="neuron+head", reward_tolerance=0.05, **span), Scripted(*rewards))
+    trainer.train()
+    pools, masks = trainer.pruning_callback.pruner.pools, trainer.pruning_callback.pruner.masks
+    kept = {kind: torch.cat([masks[place] for place in places]).float().mean() for kind, places in pools.kinds.items()}
+    assert kept == {"neuron": 0.5, "head": 1.0}
+    assert (check_state(trainer).num_rollbacks, check_state(trainer).num_held) == (1, 1)
+
+
 def test_a_rollback_with_lora(model: PreTrainedModel, make_trainer: Train) -> None:
     lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     rewards = Scripted(1.0, 1.0, 1.0, 1.0, 0.0)

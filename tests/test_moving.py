@@ -88,6 +88,7 @@ def test_least_squares_brings_the_outputs_closer(name: str, dtype: torch.dtype, 
         assert bool((error <= plain * 1.01 + 1e-6).all())
         closer += int((error < 0.9 * plain).sum())
     assert closer > 100
+    mover.forget()
     assert mover.inputs == {}
 
 

@@ -26,7 +26,7 @@ def test_without_a_fall_the_schedule_is_followed() -> None:
     assert one.accept(0.3)  # just within
     assert one.state.best == 0.6
     assert (one.state.first, one.state.last, one.state.num_checks) == (0.5, 0.5, 5)
-    assert (one.state.num_rollbacks, one.state.num_held, one.state.step_limit) == (0, 0, None)
+    assert (one.state.num_rollbacks, one.state.num_held, one.state.step_limits) == (0, 0, {})
 
 
 def test_a_mean_of_fp32_rewards_at_the_tolerance_is_within() -> None:
@@ -81,6 +81,17 @@ def test_steps_do_not_vanish() -> None:
     assert size == pytest.approx(MIN_STEP)
 
 
+def test_a_step_is_at_least_one_unit_and_kinds_hold_apart() -> None:
+    one = check(1.0, 1.0, 0.0, 1.0, 1.0, 1.0)
+    assert one.propose(0.0, 0.5, "head") == 0.5
+    assert not one.accept(0.25, "head", min_step=0.25)
+    assert one.propose(0.0, 0.5, "neuron") == 0.5  # heads hold, neurons go on
+    assert one.accept(0.5, "neuron")
+    for _ in range(HOLD_UPDATES):
+        assert one.propose(0.0, 0.6, "head") is None
+    assert one.propose(0.0, 0.6, "head") == 0.25
+
+
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
 def test_no_reward_before_training_is_refused(reward: float) -> None:
     with pytest.raises(ValueError, match=f"gave {reward} as mean reward.*reward_tolerance=None"):
@@ -116,7 +127,7 @@ def test_it_continues_from_its_state_in_the_middle_of_a_hold() -> None:
     full = RewardCheck(0.1, lambda: reward(full.state.num_checks + 1))
     full.begin()
     before = decisions(full, range(1, 5))
-    assert full.state.hold_left > 0
+    assert full.state.holds["weight"] > 0
     saved = json.loads(json.dumps(full.state_dict()))
     resumed = RewardCheck(0.1, lambda: reward(resumed.state.num_checks + 1))
     resumed.load_state_dict(saved)
