@@ -2,10 +2,10 @@
 
     make demo                               # or: python examples/demo.py; some minutes on two CPU cores
 
-Four GRPO runs start from the same pre-trained model: dense, 80 % zeros by magnitude, 80 % by `mama`, which lets the
-rewards decide what goes, and `auto`, where they also decide how much goes. The third model is saved, loaded again
-through the Auto classes and evaluated on held-out prompts, as the others are. The output folder gets `results.json`,
-`pruning.png` and `model/`.
+Five GRPO runs start from the same pre-trained model: dense, 80 % zeros by magnitude, 80 % by `mama`, which lets the
+rewards decide what goes, `auto`, where they also decide how much goes, and `neurons`, which loses three of four FFN
+neurons. All are evaluated on held-out prompts; the third model is saved and loaded through the Auto classes before,
+and the last one cut to size as well. The output folder gets `results.json`, `pruning.png`, `model/`, `small-model/`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from mama_hf import MamaGRPOTrainer, MamaPruningConfig, sparsity_report
+from mama_hf import MamaGRPOTrainer, MamaPruningConfig, shrink, sparsity_report
 
 
 matplotlib.use("Agg")
@@ -34,7 +34,14 @@ from matplotlib import pyplot
 
 SPARSITY = 0.80
 TOLERANCE = 0.05  # of the reward, with "auto"
-COLORS = {"dense": "tab:gray", "magnitude": "tab:orange", "mama": "tab:blue", "auto": "tab:green"}
+NEURONS = 0.75  # share of the FFN neurons that go in the last run
+COLORS = {
+    "dense": "tab:gray",
+    "magnitude": "tab:orange",
+    "mama": "tab:blue",
+    "auto": "tab:green",
+    "neurons": "tab:red",
+}
 
 
 def recipe(name: str, max_steps: int) -> MamaPruningConfig | None:
@@ -44,6 +51,8 @@ def recipe(name: str, max_steps: int) -> MamaPruningConfig | None:
         return None
     if name == "auto":
         return MamaPruningConfig(final_sparsity="auto", reward_tolerance=TOLERANCE, **span)
+    if name == "neurons":
+        return MamaPruningConfig(granularity="neuron", final_sparsity=NEURONS, **span)
     return MamaPruningConfig(final_sparsity=SPARSITY, criterion=name, **span)  # type: ignore[arg-type]
 
 
@@ -91,6 +100,24 @@ class OneLineProgress(ProgressCallback):
         if logs and "loss" in logs:  # the closing log has no sparsity
             sparsity = float(logs.get("pruning/sparsity", 0.0))
             self.training_bar.set_postfix_str(f"reward {float(logs['reward']):.2f}, sparsity {sparsity:.2f}")
+
+
+def reload(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Any:
+    """The model as it comes out of a folder that it was saved to."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def measure(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, float]:
+    """Parameters, bytes on disk, and seconds for the held-out prompts (the fastest of three)."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        mix6.greedy_accuracy(model, tokenizer)
+        times.append(time.perf_counter() - start)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"parameters": model.num_parameters(), "bytes": size, "seconds": round(min(times), 3)}
 
 
 def plot(histories: dict[str, list[dict[str, float]]], accuracies: dict[str, float], path: Path) -> None:
@@ -144,14 +171,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model, histories[name] = post_train(
             name, start, tokenizer, pruning_config, args.output_dir, args.seed, args.steps
         )
-        if name == "mama":
-            model.save_pretrained(args.output_dir / "model")
-            tokenizer.save_pretrained(args.output_dir / "model")
-            model = AutoModelForCausalLM.from_pretrained(args.output_dir / "model")
-            tokenizer = AutoTokenizer.from_pretrained(args.output_dir / "model")
-        results[name] = {"accuracy": mix6.greedy_accuracy(model, tokenizer)}
+        results[name] = {}
         if pruning_config is not None:
             results[name]["sparsity"] = sparsity_report(model)["targets"]["sparsity"]
+        if name == "mama":
+            model = reload(model, tokenizer, args.output_dir / "model")
+            tokenizer = AutoTokenizer.from_pretrained(args.output_dir / "model")
+            results[name]["before"] = measure(model, tokenizer, args.output_dir / "model")
+        if name == "neurons":
+            model = reload(shrink(model), tokenizer, args.output_dir / "small-model")
+            results[name]["after"] = measure(model, tokenizer, args.output_dir / "small-model")
+        results[name]["accuracy"] = mix6.greedy_accuracy(model, tokenizer)
 
     results["seconds"] = round(time.perf_counter() - began, 1)
     packages = ("mama-hf", "torch", "transformers", "trl", "accelerate")
@@ -165,7 +195,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in histories:
         table.add_row(name, f"{results[name].get('sparsity', 0.0):.4f}", f"{accuracies[name]:.3f}")
     console.print(table)
-    console.print(f"{results['seconds']:.0f} s. results.json, pruning.png and model/ are in {args.output_dir}.")
+    before, after = results["mama"]["before"], results["neurons"]["after"]
+    console.print(
+        f"Zeros alone change nothing in size: {before['parameters']:,} parameters, {before['bytes']:,} bytes, "
+        f"{before['seconds']:.2f} s for the held-out prompts. Cut out, the neurons leave {after['parameters']:,} "
+        f"parameters, {after['bytes']:,} bytes, {after['seconds']:.2f} s."
+    )
+    console.print(
+        f"{results['seconds']:.0f} s. results.json, pruning.png, model/ and small-model/ are in {args.output_dir}."
+    )
     return results
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .checkpoint import save_recipe_with
 from .coupling import CoupledGroups, Member, find_coupled_groups
 from .modeling_mama import MODEL_CLASSES, MamaConfig, MamaPreTrainedModel, family_of, run_lengths
 
@@ -40,7 +41,10 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     if all(len(keep[group.name]) == group.num_groups for group in groups):
         raise ValueError(_nothing_to_cut(groups))
     model_class, config = _smaller(model, _layer_sizes(model, groups, keep))
-    return _build(model, model_class, config, _cut_state(model, groups, keep))
+    small = _build(model, model_class, config, _cut_state(model, groups, keep))
+    if "mama" in vars(small.config):
+        save_recipe_with(small)  # the recipe lies beside this form too
+    return small
 
 
 def _kept(group: CoupledGroups) -> Tensor:

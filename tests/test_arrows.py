@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "grpo": {"callback", "config", "distillation", "heldout", "targets"},
     "reward_check": set(),
     "heldout": set(),
-    "shrink": {"coupling", "modeling_mama"},
+    "shrink": {"checkpoint", "coupling", "modeling_mama"},
     "solvers": set(),
     "allocation": set(),
     "evaluation": set(),

@@ -10,12 +10,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def test_a_short_demo_writes_its_results_model_and_plot(tmp_path):
     demo.main(["--output-dir", str(tmp_path), "--pretraining-steps", "2", "--steps", "8"])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"seed", "pretrained", "dense", "magnitude", "mama", "auto", "seconds", "versions"}
+    assert set(results) == {
+        "seed",
+        "pretrained",
+        "dense",
+        "magnitude",
+        "mama",
+        "auto",
+        "neurons",
+        "seconds",
+        "versions",
+    }
     for name in ("magnitude", "mama"):
         assert abs(results[name]["sparsity"] - 0.8) < 1e-4
         assert 0 <= results[name]["accuracy"] <= 1
     assert 0 < results["auto"]["sparsity"] <= 0.95
     assert "sparsity" not in results["dense"]
+    before, after = results["mama"]["before"], results["neurons"]["after"]
+    assert before["parameters"] - after["parameters"] == round(0.75 * 2 * 192) * 3 * 64  # neurons x matrices x hidden
+    assert after["bytes"] < before["bytes"]
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small-model")
+    assert mix6.greedy_accuracy(small, mix6.build_tokenizer()) == results["neurons"]["accuracy"]
     with Image.open(tmp_path / "pruning.png") as image:
         assert image.size[0] > 600
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

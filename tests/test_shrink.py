@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from families import DECODERS, ENCODERS, FAMILY_MODELS, UNEVEN, Cut, make_family
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mama_hf import MamaForCausalLM, shrink
+from mama_hf import MamaForCausalLM, MamaPruningConfig, prune_model, shrink, sparsity_report
 from mama_hf.coupling import CoupledGroups, find_coupled_groups
 from mama_hf.modeling_mama import MamaConfig, MamaForMaskedLM, MamaModel, family_of
 
@@ -216,3 +217,18 @@ def test_shrinks_on_the_way(make_model: Callable[..., PreTrainedModel]) -> None:
     small = shrink(model)
     assert [layer["intermediate_size"] for layer in small.config.layer_sizes] == [64, 32]
     assert_equal(small, model)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])  # a stock architecture, and layers that differ
+def test_what_prune_model_prunes_is_cut_and_keeps_its_recipe(tiny_llama: Any, tmp_path: Path, scope: str) -> None:
+    recipe = MamaPruningConfig(granularity="neuron+head", final_sparsity=0.5, scope=scope, multiple_of=1)
+    prune_model(tiny_llama, recipe, [torch.arange(3, 60).view(3, 19)], progress=False)
+    small = shrink(tiny_llama)
+    small.save_pretrained(tmp_path)
+    assert MamaPruningConfig.from_pretrained(tmp_path) == recipe
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, tiny_llama.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert sparsity_report(tiny_llama)["groups"]["neuron"]["sparsity"] == 0.5
+    assert small.num_parameters() < tiny_llama.num_parameters()
