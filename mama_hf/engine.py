@@ -166,6 +166,10 @@ class Engine:
                 walk.run_to(group[0], self.blocks[index], self._here(hidden), self._call(index, batch), known[batch])
                 for batch, hidden in enumerate(self.pruned)
             ]
+            if group is dense.groups[-1]:  # the widest outputs are held no longer than needed
+                for outputs in known:
+                    for module in [each for each in outputs if is_linear(each)]:
+                        del outputs[module]
             if any(module in self.targets for module in group):
                 rows += self._prune_group(group, index, dense, reached)
             for batch, x in enumerate(reached):
@@ -173,6 +177,8 @@ class Engine:
                     output = known[batch][module] = module(x)
                     dense.advance(module, batch, output)
             dense.inputs.pop(group[0], None)
+            for module in group:
+                dense.outputs.pop(module, None)
             del reached, x
         if index + 1 < len(self.blocks):
             for batch, hidden in enumerate(self.pruned):
