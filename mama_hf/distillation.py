@@ -63,10 +63,14 @@ class DistillationMixin(Trainer):
             return
         if any(isinstance(callback, MamaPruningCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("Give either pruning_config or a MamaPruningCallback, not both.")
-        self.pruning_callback = MamaPruningCallback(
-            pruning_config, has_teacher=self.teacher is not None, shrink_to=shrink_to
-        )
+        self.pruning_callback = self.make_pruning_callback(pruning_config, shrink_to)
         self.add_callback(self.pruning_callback)
+
+    def make_pruning_callback(
+        self, config: MamaPruningConfig, shrink_to: str | os.PathLike | None
+    ) -> MamaPruningCallback:
+        """The callback that prunes in this trainer."""
+        return MamaPruningCallback(config, has_teacher=self.teacher is not None, shrink_to=shrink_to)
 
     def set_teacher(self, config: MamaPruningConfig | None, teacher_model: Any) -> None:
         """Check that recipe and teacher go together, and get the teacher."""

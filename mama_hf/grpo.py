@@ -20,10 +20,10 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
     """
     Prunes while GRPO trains; the rewards decide what is kept.
 
-    The only changes with respect to [`~trl.GRPOTrainer`] are in `__init__`, which adds a [`MamaPruningCallback`], in
-    `_generate_and_score_completions`, which tells the pruner how the batch was rewarded, and, with a teacher, those of
-    [`DistillationMixin`]. Masks change on
-    generation boundaries. With `pruning_config=None` it is a GRPOTrainer, bit for bit.
+    The only changes with respect to [`~trl.GRPOTrainer`] are those of [`DistillationMixin`], which adds a
+    [`MamaPruningCallback`] and, with a teacher, its loss; and `_generate_and_score_completions`, which tells the
+    pruner how the batch was rewarded. Masks change on generation boundaries. With `pruning_config=None` it is a
+    GRPOTrainer, bit for bit.
 
     Logs beside the callback's `pruning/sparsity`, `pruning/target` and `pruning/changed`: `pruning/reward`, the mean
     reward of the generation batch, and `pruning/signal`, the share of its groups whose rewards differ (the others have
@@ -54,35 +54,34 @@ class MamaGRPOTrainer(DistillationMixin, GRPOTrainer):
         shrink_to: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
-        if shrink_to is not None and pruning_config is None:
-            raise ValueError("shrink_to does nothing without pruning_config.")
         if pruning_eval_dataset is not None and (pruning_config is None or pruning_config.reward_tolerance is None):
             raise ValueError(
                 "pruning_eval_dataset is for the reward check: set reward_tolerance in pruning_config, or drop it."
             )
-        super().__init__(*args, **kwargs)
-        self.pruning_callback: MamaPruningCallback | None = None
-        self.set_teacher(pruning_config, teacher_model)
-        if pruning_config is None:
-            return
-        if any(isinstance(callback, MamaPruningCallback) for callback in self.callback_handler.callbacks):
-            raise ValueError("Give either pruning_config or a MamaPruningCallback, not both.")
+        self._pruning_eval_dataset = pruning_eval_dataset
+        super().__init__(
+            *args, pruning_config=pruning_config, teacher_model=teacher_model, shrink_to=shrink_to, **kwargs
+        )
+
+    def make_pruning_callback(
+        self, config: MamaPruningConfig, shrink_to: str | os.PathLike | None
+    ) -> MamaPruningCallback:
+        """The callback that hears of the rewards, and measures them where the recipe asks for a check."""
         assert isinstance(self.model, nn.Module)
-        targets = find_targets(self.model, pruning_config)
+        targets = find_targets(self.model, config)
         if self.beta != 0 and any(isinstance(target, LoraTarget) for target in targets):
             raise ValueError(
                 f"beta={self.beta} does not go with pruning through LoRA: TRL's reference is the model with the "
                 "adapter switched off, and pruning rewrites that base. Set beta=0 or train without LoRA."
             )
-        measure = None if pruning_config.reward_tolerance is None else self._held_out_reward(pruning_eval_dataset)
-        self.pruning_callback = MamaPruningCallback(
-            pruning_config,
+        measure = None if config.reward_tolerance is None else self._held_out_reward(self._pruning_eval_dataset)
+        return MamaPruningCallback(
+            config,
             reward_driven=True,
             has_teacher=self.teacher is not None,
             measure_reward=measure,
             shrink_to=shrink_to,
         )
-        self.add_callback(self.pruning_callback)
 
     def _held_out_reward(self, dataset: Dataset | list[dict[str, Any]] | None) -> Callable[[], float]:
         if dataset is None:
