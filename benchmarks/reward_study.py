@@ -72,7 +72,7 @@ VARIANTS: dict[str, tuple[Criterion, dict[str, Any]]] = {
     "mama, an update every 5 steps": (CRITERIA["mama"], {"update_every": 5}),
     "mama, an update every step": (CRITERIA["mama"], {"update_every": 1}),
 }
-SHIPPED = ["mama", "magnitude", "wanda", "taylor", "random"]
+DRAWN = ["mama", "mama, values moved", "magnitude", "wanda", "taylor", "random"]
 
 
 def run(seed: int, sparsity: float, variant: str, tokenizer: Any, folder: Path) -> float:
@@ -96,7 +96,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name in [*SHIPPED, "mama, values moved"]:
+    for name in DRAWN:
         points = sorted((float(level), list(seeds.values())) for level, seeds in results.get(name, {}).items())
         if points:
             levels = [level for level, _ in points]
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.85, 0.9])
-    parser.add_argument("--variants", nargs="+", default=[*SHIPPED, "mama, values moved"], help='names of VARIANTS, or "all"')
+    parser.add_argument("--variants", nargs="+", default=DRAWN, help='names of VARIANTS, or "all"')
     parser.add_argument("--models", type=Path, default=Path("outputs/mix6"), help="folder of the pre-trained models")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reward_study.json"))
     args = parser.parse_args(argv)
