@@ -7,13 +7,11 @@ that turns to noise half-way (there the dense model is ruined as well: the check
 Accuracy is greedy, on 512 prompts that neither training nor the check has seen.
 """
 
-import argparse
-import json
 import random
 from pathlib import Path
 from typing import Any
 
-from mix6_runs import END, START, STEPS, mix6, post_train, prepare, pretrained
+from mix6_runs import END, START, STEPS, mix6, post_train, pretrained, study
 
 from mama_hf import MamaPruningConfig
 
@@ -54,24 +52,5 @@ def run(name: str, seed: int, tokenizer: Any, models: Path) -> dict[str, Any]:
     return {"accuracy": accuracy, **report}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--models", type=Path, default=Path("outputs/mix6"), help="folder of the pre-trained models")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/auto_study.json"))
-    args = parser.parse_args(argv)
-    tokenizer = prepare()
-    results: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-    for name, seed in ((name, seed) for name in args.runs for seed in args.seeds):
-        if str(seed) in results.setdefault(name, {}):
-            continue
-        row = results[name][str(seed)] = run(name, seed, tokenizer, args.models)
-        print(f"{name}, seed {seed}: accuracy {row['accuracy']:.3f}, sparsity {row.get('reached', 0):.3f}", flush=True)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
-
-
 if __name__ == "__main__":
-    main()
+    study(__doc__, RUNS, "benchmarks/results/auto_study.json", run)

@@ -1,7 +1,10 @@
 """What the studies on the demo task (`examples/mix6.py`) share: a pre-trained model for each seed, and a GRPO run."""
 
+import argparse
+import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,39 @@ def pretrained(tokenizer: PreTrainedTokenizerFast, seed: int, folder: Path) -> L
     save_file(model.state_dict(), unfinished)
     unfinished.replace(path)
     return model
+
+
+def study(
+    doc: str | None,
+    runs: dict[str, Any],
+    output: str,
+    run: Callable[[str, int, PreTrainedTokenizerFast, Path], dict[str, Any]],
+) -> dict[str, Any]:
+    """
+    The command line of a study: each of `runs` with each seed. What --output has already is not run again.
+
+    Args:
+        doc (`str`): of the script.
+        runs (`dict`): by name.
+        output (`str`): file of the results.
+        run (`Callable`): (name, seed, tokenizer, folder of the pre-trained models) -> result, as JSON types.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", nargs="+", choices=list(runs), default=list(runs))
+    parser.add_argument("--models", type=Path, default=Path("outputs/mix6"), help="folder of the pre-trained models")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    args = parser.parse_args()
+    tokenizer = prepare()
+    results: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    for name, seed in ((name, seed) for name in args.runs for seed in args.seeds):
+        if str(seed) in results.setdefault(name, {}):
+            continue
+        row = results[name][str(seed)] = run(name, seed, tokenizer, args.models)
+        print(f"{name}, seed {seed}: {row}", flush=True)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
 
 
 def post_train(

@@ -57,6 +57,10 @@ class EntryPools:
         """The same of one kind: there is only one."""
         return self.num_asked(sparsity)
 
+    def num_units_of(self, kind: str) -> int:
+        """Units of one kind: there is only one."""
+        return self.num_units
+
     def _asked_by_scope(self, sparsity: float) -> dict[str, int]:
         shapes = [target.row_shape for target in self.targets]
         return {
@@ -70,13 +74,13 @@ class EntryPools:
         Whether `masks`, those of what is not zero, prune what is asked for, in the pattern that is asked for: counted
         as any scope rounds it, so that what another scope has pruned to this sparsity will do.
         """
-        if not 0 < min(self._asked_by_scope(sparsity).values()) <= _num_pruned(masks):
+        if not 0 < min(self._asked_by_scope(sparsity).values()) <= num_pruned(masks):
             return False
         return self.n_of_m is None or all(target.keeps_to(target.weight, *self.n_of_m) for target in self.targets)
 
     def exceeds(self, masks: Sequence[Tensor], sparsity: float) -> bool:
         """Whether `masks` prune more than is asked for, however that is rounded."""
-        return _num_pruned(masks) > max(self._asked_by_scope(sparsity).values())
+        return num_pruned(masks) > max(self._asked_by_scope(sparsity).values())
 
     def select(
         self,
@@ -156,13 +160,13 @@ class GroupPools:
     def meets(self, masks: Sequence[Tensor], sparsity: float) -> bool:
         """Whether `masks` prune as many groups of each kind as are asked for."""
         return self.num_asked(sparsity) > 0 and all(
-            _num_pruned([masks[place] for place in places]) >= self.num_asked_of(kind, sparsity)
+            num_pruned([masks[place] for place in places]) >= self.num_asked_of(kind, sparsity)
             for kind, places in self.kinds.items()
         )
 
     def exceeds(self, masks: Sequence[Tensor], sparsity: float) -> bool:
         """Whether `masks` prune more groups than are asked for."""
-        return _num_pruned(masks) > self.num_asked(sparsity)
+        return num_pruned(masks) > self.num_asked(sparsity)
 
     def select(
         self,
@@ -201,11 +205,19 @@ class GroupPools:
 
     def num_asked_of(self, kind: str, sparsity: float) -> int:
         """The same of one kind."""
-        sizes = [self.groups[place].num_groups for place in self.kinds[kind]]
+        sizes = self._sizes(kind)
         multiple = self.multiple_of if kind == "neuron" else 1
         if self.scope == "global":
             return sum(sizes) - num_kept(sum(sizes), sparsity, multiple)
         return sum(size - num_kept(size, sparsity, multiple) for size in sizes)
+
+    def num_units_of(self, kind: str) -> int:
+        """Groups of one kind."""
+        return sum(self._sizes(kind))
+
+    def _sizes(self, kind: str) -> list[int]:
+        """Groups of one kind in each layer."""
+        return [self.groups[place].num_groups for place in self.kinds[kind]]
 
     def _sum(self, group: CoupledGroups, entries: Scores) -> Tensor:
         """Sum [G] over the entries of the group's weights."""
@@ -245,5 +257,6 @@ def member_target(model: nn.Module, member: Member) -> Target:
     return Target(member.name, module, member.parameter, -2 if isinstance(module, Conv1D) else -1)
 
 
-def _num_pruned(masks: Sequence[Tensor]) -> int:
+def num_pruned(masks: Sequence[Tensor]) -> int:
+    """Units that masks prune."""
     return sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)

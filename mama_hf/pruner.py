@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import MamaPruningConfig
 from .criteria import CRITERIA, score
 from .moving import COLLECT_STEPS, ValueMover
-from .pools import make_pools
+from .pools import make_pools, num_pruned
 from .reward_check import RewardCheck
 from .schedule import resolve_schedule
 from .statistics import DEFAULT_EMA_DECAY, Statistics
@@ -187,7 +187,7 @@ class Pruner:
 
     def _try(self, kind: str, target: float, step: int, check: RewardCheck) -> bool:
         """Change the masks of one kind of unit as far as the reward check lets it. Returns whether they changed."""
-        num_units, reached = self._count(kind)
+        num_units, reached = self.pools.num_units_of(kind), self._num_pruned_of(kind)
         count = self.pools.num_asked_of(kind, target)
         if count == 0 or (count == reached and self.config.regrowth == 0):  # nothing would change: don't measure
             return False
@@ -195,20 +195,15 @@ class Pruner:
         if sparsity is None:
             return False
         self._change_masks(self._select(sparsity, [kind], step))
-        if not check.accept((self._count(kind)[1] - reached) / num_units, kind, 1 / num_units):
+        if not check.accept((self._num_pruned_of(kind) - reached) / num_units, kind, 1 / num_units):
             self.rollback()
             return False
         self._before = None
         return True
 
-    def _count(self, kind: str) -> tuple[int, int]:
-        """Units of a kind, and how many of them are pruned."""
-        masks = self.pools.alive() if self.masks is None else self.masks
-        members = [masks[place] for place in self.pools.kinds[kind]]
-        num_units = sum(mask.numel() for mask in members)
-        if self.masks is None:
-            return num_units, 0
-        return num_units, num_units - sum(int(mask.count_nonzero()) for mask in members)
+    def _num_pruned_of(self, kind: str) -> int:
+        """Units of a kind that the masks prune."""
+        return 0 if self.masks is None else num_pruned([self.masks[place] for place in self.pools.kinds[kind]])
 
     def _change_masks(self, masks: list[Tensor]) -> None:
         """Put the masks in force. With a reward check, what gets lost is kept until its decision."""
@@ -273,7 +268,7 @@ class Pruner:
 
     def _set_masks(self, masks: list[Tensor]) -> None:
         self.masks, self._entry_masks = masks, self.pools.expand(masks)
-        self.num_pruned = self.pools.num_units - sum(int(mask.count_nonzero()) for mask in masks)
+        self.num_pruned = num_pruned(masks)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) from which `load_state_dict` continues bit for bit."""
