@@ -130,9 +130,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for method, levels in results.items():
+    for method in METHODS:
+        levels = results.get(method, {})
         points = sorted((float(level), row["perplexity"]) for level, row in levels.items() if _is_number(level))
-        if method != "dense" and points:
+        if points:
             axes.plot(*zip(*points), marker="o", label=method)
     if "dense" in results:
         axes.axhline(results["dense"]["0"]["perplexity"], color="black", linestyle=":", label="dense")

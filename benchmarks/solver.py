@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mama_hf.masks import select
 from mama_hf.rules import DEFAULT_ITERATIONS
-from mama_hf.solvers import Inputs, Moments, System, admm, better_rows, least_squares, sparsegpt
+from mama_hf.solvers import Inputs, Moments, admm, better_rows, least_squares, ridge_for, sparsegpt
 
 
 Solver = Callable[[Tensor, Inputs, float], Tensor]
@@ -41,12 +41,12 @@ def run_sparsegpt(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
 
 def run_least_squares(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
     moments, mask = Moments.plain(weight, inputs.gram), by_wanda(weight, inputs, sparsity)
-    moved = least_squares(weight, mask, moments, DEFAULT_ITERATIONS, System(inputs.gram))
+    moved = least_squares(weight, mask, moments, DEFAULT_ITERATIONS, inputs.system(ridge_for(sparsity)))
     return better_rows(weight * mask, moved, moments)[0]
 
 
 def run_admm(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
-    system, moments = System(inputs.gram), Moments.plain(weight, inputs.gram)
+    system, moments = inputs.system(ridge_for(sparsity)), Moments.plain(weight, inputs.gram)
     sizes = weight * system.scale
 
     def choose(scores: Tensor, share: float) -> Tensor:

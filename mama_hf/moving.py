@@ -174,7 +174,7 @@ class ValueMover:
             bias.data += bias_change(weight, kept, inputs.mean).to(bias.dtype)
         elif inputs is not None:
             moments = Moments.plain(weight, inputs.gram)
-            moved = least_squares(weight, kept, moments, SOLVER_STEPS, inputs.system)
+            moved = least_squares(weight, kept, moments, SOLVER_STEPS, inputs.system())
             values = better_rows(values, moved.to(target.parameter.dtype).float(), moments)[0]
         return values
 

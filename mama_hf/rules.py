@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import MamaPruningConfig
 from .criteria import score
 from .masks import select
-from .solvers import Inputs, Moments, admm, better_rows, bias_change, least_squares, move_mean, sparsegpt
+from .solvers import Inputs, Moments, admm, better_rows, bias_change, least_squares, move_mean, ridge_for, sparsegpt
 
 
 DEFAULT_ITERATIONS = 14
@@ -73,16 +73,17 @@ def prune_layer(
     if config.criterion == "sparsegpt":
         moved, mask = sparsegpt(weight, inputs.gram, sparsity, scope_of(config), config.n_of_m)
     elif is_joint(config):
-        sizes = weight * inputs.system.scale
+        system = inputs.system(ridge_for(sparsity))
+        sizes = weight * system.scale
 
         def choose(scores: Tensor, share: float) -> Tensor:
             return select([scores], [sizes], sparsity * share, scope_of(config), config.n_of_m)[0]
 
-        moved, mask = admm(weight, moments, choose, iterations, iterations // 2, inputs.system)
+        moved, mask = admm(weight, moments, choose, iterations, iterations // 2, system)
     else:
         scores = _score(config, weight, inputs.gram, seed)
         mask = select([scores], [weight], sparsity, scope_of(config), config.n_of_m)[0]
-        moved = _move(config, weight, mask, inputs, moments, iterations)
+        moved = _move(config, weight, mask, inputs, moments, sparsity, iterations)
     return finish(config, weight, moved.to(dtype).float(), mask, inputs, moments)
 
 
@@ -97,12 +98,18 @@ def _score(config: MamaPruningConfig, weight: Tensor, gram: Tensor, seed: int) -
 
 
 def _move(
-    config: MamaPruningConfig, weight: Tensor, mask: Tensor, inputs: Inputs, moments: Moments, iterations: int
+    config: MamaPruningConfig,
+    weight: Tensor,
+    mask: Tensor,
+    inputs: Inputs,
+    moments: Moments,
+    sparsity: float,
+    iterations: int,
 ) -> Tensor:
     if config.move_values == "mean":
         return move_mean(weight, mask)
     if config.move_values == "least_squares":
-        return least_squares(weight, mask, moments, iterations, inputs.system)
+        return least_squares(weight, mask, moments, iterations, inputs.system(ridge_for(sparsity)))
     return weight * mask
 
 

@@ -94,7 +94,7 @@ class StructuredRule:
         weight = target.to_rows(target.weight).float()
         group = self.groups[target.module]
         index = group.writers[0].index.to(weight.device)
-        number, system = self._num_kept[target.module], System(inputs.gram, ridge=RIDGE)
+        number, system = self._num_kept[target.module], inputs.system(RIDGE)
         if is_joint(self.recipe):
             kept = choose_groups(weight, moments, index, number, system)
         else:

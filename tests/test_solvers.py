@@ -9,6 +9,7 @@ from torch import Tensor
 from mama_hf.masks import select
 from mama_hf.solvers import (
     DAMPING,
+    ONE_SHOT_RIDGE,
     PENALTY,
     RIDGE,
     Inputs,
@@ -20,6 +21,7 @@ from mama_hf.solvers import (
     cholesky,
     least_squares,
     move_mean,
+    ridge_for,
     sparsegpt,
 )
 
@@ -280,3 +282,17 @@ def test_system_does_not_change_the_gram_matrix():
     before = gram.clone()
     System(gram).inverse()
     assert torch.equal(gram, before)
+
+
+def test_the_ridge_falls_as_more_is_pruned():
+    assert [ridge_for(sparsity) for sparsity in (0.0, 0.3, 0.5)] == [ONE_SHOT_RIDGE] * 3
+    assert ridge_for(0.8) == pytest.approx(ONE_SHOT_RIDGE * 0.2 / 0.8)
+    assert ridge_for(0.6) > ridge_for(0.7) > ridge_for(0.99) > 0
+
+
+def test_weights_that_ask_for_the_same_ridge_share_a_system():
+    inputs = inputs_of(make(SHAPES[0])[1])
+    system = inputs.system(0.5)
+    assert inputs.system(0.5) is system
+    assert torch.equal(system.damp, System(inputs.gram, ridge=0.5).damp)
+    assert not torch.equal(inputs.system(2.0).damp, system.damp)
