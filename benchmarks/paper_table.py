@@ -4,12 +4,11 @@
 
 The methods of `oneshot.py` are measured by it, at the paper's levels (what --results has already is not measured
 again). Added here: inverted magnitude (the largest weights go; a sanity check), and the paper's rule as its authors'
-code has it, which zeroes the pruned weights before it sums them: its weights are checked to be magnitude pruning's,
-bit for bit. The table is written to `benchmarks/paper_table.md`.
+code has it, which zeroes the pruned weights before it sums them: at three levels its weights are checked to be those
+of magnitude pruning, bit for bit. The table is written to `benchmarks/paper_table.md`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mama_hf.config import MamaPruningConfig
-from mama_hf.evaluation import generate_samples, perplexity
+from mama_hf.evaluation import perplexity
 from mama_hf.masks import select
 from mama_hf.targets import find_targets
 
@@ -61,23 +60,20 @@ def prune_as_published(model: Any, level: str) -> None:
         target.parameter += pruned_values.sum() / max(1, int(kept.sum())) * kept
 
 
-def measure_own(args: argparse.Namespace, tokenizer: Any, results: dict[str, Any], level: str) -> None:
-    """The two columns that are no recipe."""
-    own, text = key_of(level), (args.data / "test.txt").read_text(encoding="utf-8")
+def measure_inverted(args: argparse.Namespace, tokenizer: Any, level: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     prune_by_magnitude(model, level, -1)
-    row = {
-        "perplexity": perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"],
-        "sample": generate_samples(model, tokenizer, ["University is"], max_new_tokens=16)[0],
-    }
-    results.setdefault("inverted", {})[own] = row
-    published = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    text = (args.data / "test.txt").read_text(encoding="utf-8")
+    return {"perplexity": perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]}
+
+
+def check_published(args: argparse.Namespace, level: str) -> None:
+    """Raises `SystemExit` if the rule as published does anything that magnitude pruning does not."""
+    published, magnitude = (AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32) for _ in range(2))
     prune_as_published(published, level)
-    magnitude = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     prune_by_magnitude(magnitude, level, 1)
     if not all(map(torch.equal, published.parameters(), magnitude.parameters())):
-        raise SystemExit("the published rule differs from magnitude pruning after all")
-    results.setdefault("published", {})[own] = {"equals": "magnitude"}
+        raise SystemExit(f"at {level} the published rule differs from magnitude pruning after all")
 
 
 def render(results: dict[str, Any]) -> str:
@@ -119,12 +115,12 @@ def main(argv: list[str] | None = None) -> str:
     common = ["--model", str(args.model), "--data", str(args.data), "--output", str(args.results)]
     oneshot.main([*common, "--methods", *METHODS, "--levels", *map(key_of, LEVELS)])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    own = oneshot.read(args.own_results)
+    for level in ("0.50", "0.95", "2:4"):
+        check_published(args, level)
     for level in LEVELS:
-        if key_of(level) not in own.get("inverted", {}):
-            measure_own(args, tokenizer, own, level)
-            args.own_results.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-    table = render({**oneshot.read(args.results), **own})
+        if key_of(level) not in oneshot.read(args.own_results).get("inverted", {}):
+            oneshot.write(args.own_results, "inverted", key_of(level), measure_inverted(args, tokenizer, level))
+    table = render({**oneshot.read(args.results), **oneshot.read(args.own_results)})
     args.output.write_text(table, encoding="utf-8")
     print(table)
     return table
