@@ -28,7 +28,7 @@ from typing import Any
 import oneshot
 import torch
 from structured import CASES, split, zero_groups
-from torch import nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -73,8 +73,12 @@ def prefill_seconds(model: Any, batch: int, length: int) -> float:
     return forward_seconds(model, batch, length, use_cache=True, logits_to_keep=1)
 
 
-def forward_seconds(model: nn.Module, batch: int, length: int, **kwargs: Any) -> float:
-    ids = torch.arange(3, 3 + batch * length).view(batch, length) % 1000
+def token_ids(model: Any, batch: int, length: int) -> Tensor:
+    return torch.arange(batch * length).view(batch, length) % model.config.vocab_size
+
+
+def forward_seconds(model: Any, batch: int, length: int, **kwargs: Any) -> float:
+    ids = token_ids(model, batch, length)
     start = time.perf_counter()
     model(input_ids=ids, **kwargs)
     return time.perf_counter() - start
@@ -82,8 +86,7 @@ def forward_seconds(model: nn.Module, batch: int, length: int, **kwargs: Any) ->
 
 def decode_seconds(model: Any, batch: int, num_tokens: int) -> float:
     """Of `num_tokens` steps, each of one token a sequence."""
-    ids = torch.arange(3, 3 + batch * PROMPT_LENGTH).view(batch, PROMPT_LENGTH)
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=token_ids(model, batch, PROMPT_LENGTH), use_cache=True, logits_to_keep=1)
     start = time.perf_counter()
     for _ in range(num_tokens):
         output = model(input_ids=output.logits[:, -1].argmax(dim=-1, keepdim=True), cache=output.cache, use_cache=True)
