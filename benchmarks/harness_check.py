@@ -16,7 +16,7 @@ from typing import Any
 import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
-from oneshot import arc_item
+from oneshot import arc_items
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mama_hf.evaluation import multiple_choice
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    lines = args.items.read_text(encoding="utf-8").splitlines()[: args.num_items]
-    items = [arc_item(json.loads(line)) for line in lines]
+    items = arc_items(args.items, args.num_items)
     ours, theirs = multiple_choice(model, tokenizer, items), harness(model, tokenizer, items)
     differing = sum(one != two for one, two in zip(ours["predictions"], theirs["predictions"]))
     result = {

@@ -88,8 +88,7 @@ def evaluate(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, 
     }
     result["sample"] = generate_samples(model, tokenizer, ["University is"], max_new_tokens=16)[0]
     if args.arc:
-        lines = args.arc.read_text(encoding="utf-8").splitlines()[: args.arc_items]
-        scores = multiple_choice(model, tokenizer, [arc_item(json.loads(line)) for line in lines])
+        scores = multiple_choice(model, tokenizer, arc_items(args.arc, args.arc_items))
         result["arc_easy"] = {key: value for key, value in scores.items() if not key.startswith("predictions")}
     return result
 
@@ -105,9 +104,13 @@ def status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def arc_item(row: dict[str, Any]) -> dict[str, Any]:
-    """A line of ARC as lm-evaluation-harness puts it."""
-    return {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "answer": row["label"]}
+def arc_items(path: Path, number: int | None) -> list[dict[str, Any]]:
+    """The first lines of ARC, as lm-evaluation-harness puts them."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:number]]
+    return [
+        {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "answer": row["label"]}
+        for row in rows
+    ]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -25,31 +25,39 @@ from mama_hf.evaluation import perplexity
 
 
 def train(args: argparse.Namespace, model: Any, tokenizer: Any, method: str, level: str, seed: int) -> Any:
-    text = (args.data / "valid.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    rows = ids[: len(ids) // args.window * args.window].view(-1, args.window)
     trainer = SFTTrainer(
         model,
-        SFTConfig(
-            output_dir="outputs/oneshot_recovery",
-            max_steps=args.steps,
-            learning_rate=args.learning_rate,
-            warmup_steps=0.05,
-            per_device_train_batch_size=args.batch_size,
-            max_length=args.window,
-            seed=seed,
-            use_cpu=not torch.accelerator.is_available(),
-            bf16=True,
-            activation_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        sft_config(args, args.learning_rate, seed),
+        train_dataset=train_dataset(args, tokenizer),
         processing_class=tokenizer,
         callbacks=None if method == "dense" else [MamaPruningCallback(held_recipe(method, level))],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer.train()
+
+
+def sft_config(args: argparse.Namespace, learning_rate: float, seed: int) -> SFTConfig:
+    return SFTConfig(
+        output_dir="outputs/oneshot_recovery",
+        max_steps=args.steps,
+        learning_rate=learning_rate,
+        warmup_steps=0.05,
+        per_device_train_batch_size=args.batch_size,
+        max_length=args.window,
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=True,
+        activation_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+    )
+
+
+def train_dataset(args: argparse.Namespace, tokenizer: Any) -> Dataset:
+    """The whole of `valid.txt`, in windows."""
+    text = (args.data / "valid.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    return Dataset.from_dict({"input_ids": ids[: len(ids) // args.window * args.window].view(-1, args.window)})
 
 
 def held_recipe(method: str, level: str) -> MamaPruningConfig:

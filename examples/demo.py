@@ -5,7 +5,8 @@
 Five GRPO runs start from the same pre-trained model: dense, 80 % zeros by magnitude, 80 % by `mama`, which lets the
 rewards decide what goes, `auto`, where they also decide how much goes, and `neurons`, which loses three of four FFN
 neurons. All are evaluated on held-out prompts; the third model is saved and loaded through the Auto classes before,
-and the last one cut to size as well. The output folder gets `results.json`, `pruning.png`, `model/`, `small-model/`.
+and the last one cut to size as well. The output folder gets `results.json`, `pruning.png`, `model/`, `small-model/`;
+--record adds the results to a file with those of other seeds.
 """
 
 import argparse
@@ -109,15 +110,24 @@ def reload(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def measure(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, float]:
-    """Parameters, bytes on disk, and seconds for the held-out prompts (the fastest of three)."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        mix6.greedy_accuracy(model, tokenizer)
-        times.append(time.perf_counter() - start)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"parameters": model.num_parameters(), "bytes": size, "seconds": round(min(times), 3)}
+def measure(
+    masked: Any, small: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, small_folder: Path
+) -> dict[str, dict[str, float]]:
+    """Parameters, bytes on disk and seconds for the held-out prompts (the fastest of three), before and after."""
+    times: dict[str, list[float]] = {"before": [], "after": []}
+    for _ in range(3):  # in turn, so that another load on the machine hits both
+        for key, model in (("before", masked), ("after", small)):
+            start = time.perf_counter()
+            mix6.greedy_accuracy(model, tokenizer)
+            times[key].append(time.perf_counter() - start)
+    return {
+        key: {
+            "parameters": model.num_parameters(),
+            "bytes": sum(path.stat().st_size for path in place.glob("*.safetensors")),
+            "seconds": round(min(times[key]), 3),
+        }
+        for key, model, place in (("before", masked, folder), ("after", small, small_folder))
+    }
 
 
 def plot(histories: dict[str, list[dict[str, float]]], accuracies: dict[str, float], path: Path) -> None:
@@ -144,9 +154,19 @@ def plot(histories: dict[str, list[dict[str, float]]], accuracies: dict[str, flo
     pyplot.close(figure)
 
 
+def record(results: dict[str, Any], path: Path) -> None:
+    """Put the results among those of other seeds."""
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    recorded[str(results["seed"])] = results
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--record", type=Path, help="JSON file that gets the results too, by seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=150, help="GRPO steps of each run")
@@ -177,16 +197,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if name == "mama":
             model = reload(model, tokenizer, args.output_dir / "model")
             tokenizer = AutoTokenizer.from_pretrained(args.output_dir / "model")
-            results[name]["before"] = measure(model, tokenizer, args.output_dir / "model")
         if name == "neurons":
-            model = reload(shrink(model), tokenizer, args.output_dir / "small-model")
-            results[name]["after"] = measure(model, tokenizer, args.output_dir / "small-model")
+            masked, folder = model, args.output_dir / "small-model"
+            model = reload(shrink(masked), tokenizer, folder)
+            # the zeros of `model/` take as many bytes as those of the neurons do before they are cut
+            results[name] |= measure(masked, model, tokenizer, args.output_dir / "model", folder)
         results[name]["accuracy"] = mix6.greedy_accuracy(model, tokenizer)
 
     results["seconds"] = round(time.perf_counter() - began, 1)
     packages = ("mama-hf", "torch", "transformers", "trl", "accelerate")
     results["versions"] = {package: version(package) for package in packages}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if args.record is not None:
+        record(results, args.record)
     accuracies = {name: results[name]["accuracy"] for name in histories}
     plot(histories, accuracies, args.output_dir / "pruning.png")
     table = Table(title=f"Held-out accuracy after GRPO, seed {args.seed}", title_justify="left")
@@ -195,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in histories:
         table.add_row(name, f"{results[name].get('sparsity', 0.0):.4f}", f"{accuracies[name]:.3f}")
     console.print(table)
-    before, after = results["mama"]["before"], results["neurons"]["after"]
+    before, after = results["neurons"]["before"], results["neurons"]["after"]
     console.print(
         f"Zeros alone change nothing in size: {before['parameters']:,} parameters, {before['bytes']:,} bytes, "
         f"{before['seconds']:.2f} s for the held-out prompts. Cut out, the neurons leave {after['parameters']:,} "

@@ -52,6 +52,7 @@ def _add_prune(subparsers: argparse._SubParsersAction) -> None:
     recipe.add_argument("--allocation")
     recipe.add_argument("--move-values", help='default: "least_squares"')
     recipe.add_argument("--exclude-modules", nargs="+")
+    recipe.add_argument("--multiple-of", type=int, help="of which the neurons that a layer keeps are (default: 8)")
     parser.add_argument("--iterations", type=int, help="solver steps: quality against time")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
     parser.add_argument("--device", help="where blocks are worked on, one by one")

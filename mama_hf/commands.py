@@ -24,6 +24,7 @@ _RECIPE_OPTIONS = (
     "allocation",
     "move_values",
     "exclude_modules",
+    "multiple_of",
 )
 
 

@@ -54,9 +54,18 @@ def test_options_change_a_recipe(folder):
     assert prune(folder, "--criterion", "sparsegpt") == 0
 
 
+@pytest.mark.parametrize(("multiple", "width"), [(None, 48), (1, 45), (20, 40)])
+def test_multiple_of_rounds_the_neurons_that_stay(folder, multiple, width):
+    options = [] if multiple is None else ["--multiple-of", str(multiple)]
+    assert prune(folder, "--granularity", "neuron", "--final-sparsity", "0.3", *options) == 0
+    assert main(["shrink", str(folder / "out"), str(folder / "small")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(folder / "small").config.intermediate_size == width
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (("--granularity", "neuron", "--multiple-of", "0"), "multiple_of=0"),
         (("--final-sparsity", "1.5"), "final_sparsity"),
         (("--criterion", "taylor"), "needs training"),
         (("--window", "100000"), "too few for a window"),

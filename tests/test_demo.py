@@ -8,8 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def test_a_short_demo_writes_its_results_model_and_plot(tmp_path):
-    demo.main(["--output-dir", str(tmp_path), "--pretraining-steps", "2", "--steps", "8"])
+    recorded = tmp_path / "recorded.json"
+    recorded.write_text('{"7": {"seed": 7}}')
+    sizes = ["--pretraining-steps", "2", "--steps", "8"]
+    demo.main(["--output-dir", str(tmp_path), "--record", str(recorded), *sizes])
     results = json.loads((tmp_path / "results.json").read_text())
+    assert json.loads(recorded.read_text()) == {"7": {"seed": 7}, "0": results}
     assert set(results) == {
         "seed",
         "pretrained",
@@ -26,9 +30,11 @@ def test_a_short_demo_writes_its_results_model_and_plot(tmp_path):
         assert 0 <= results[name]["accuracy"] <= 1
     assert 0 < results["auto"]["sparsity"] <= 0.95
     assert "sparsity" not in results["dense"]
-    before, after = results["mama"]["before"], results["neurons"]["after"]
+    before, after = results["neurons"]["before"], results["neurons"]["after"]
     assert before["parameters"] - after["parameters"] == round(0.75 * 2 * 192) * 3 * 64  # neurons x matrices x hidden
     assert after["bytes"] < before["bytes"]
+    assert before["seconds"] > 0
+    assert after["seconds"] > 0
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small-model")
     assert mix6.greedy_accuracy(small, mix6.build_tokenizer()) == results["neurons"]["accuracy"]
     with Image.open(tmp_path / "pruning.png") as image:

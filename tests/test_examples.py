@@ -6,9 +6,10 @@ import mix6
 import prune_grpo
 import prune_sft
 import pytest
+from families import UNEVEN, masked
 from transformers import AutoModelForCausalLM
 
-from mama_hf import sparsity_report
+from mama_hf import shrink, sparsity_report
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -50,3 +51,18 @@ def test_prune_grpo(model_dir, tmp_path, capsys):
     assert results["sparsity"] == pytest.approx(0.5, abs=1e-4)
     assert 0 <= results["reward_after"] <= 1
     assert (tmp_path / "out" / "pruning_config.json").is_file()
+
+
+# torch 2.13's exporter uses what torch 2.13 deprecates
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.parametrize("cut", [UNEVEN, {(0, "neuron"): range(8), (1, "neuron"): range(8, 16)}])
+def test_convert_onnx(cut, tmp_path):
+    """Even and uneven models, by the exporter of transformers: ONNX Runtime computes the same."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="of the extra `test`")
+    import convert_onnx
+
+    shrink(masked("llama", cut)).save_pretrained(tmp_path / "small")
+    results = convert_onnx.main(["--model", str(tmp_path / "small"), "--output-dir", str(tmp_path / "onnx")])
+    assert results["difference"] < 1e-5
+    assert results["bytes"] > 4 * shrink(masked("llama", cut)).num_parameters()

@@ -376,3 +376,25 @@ def test_pruning_goes_on(
     Trainer(small, training_arguments(), train_dataset=make_dataset(), callbacks=[callback]).train()
     targets = sparsity_report(small)["targets"]
     assert targets["zeros"] == round(0.5 * targets["parameters"])
+
+
+# Quantized by the usual loader.
+
+
+def test_loads_quantized_to_int8(small: PreTrainedModel, tmp_path: Path) -> None:
+    """`TorchAoConfig` in `from_pretrained`: the Linears of every width become int8, and the logits stay close."""
+    quantization = pytest.importorskip("torchao.quantization", reason="of the extra `test`")
+    from transformers import TorchAoConfig
+
+    small.eval().save_pretrained(tmp_path / "small")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", quantization_config=config, dtype=torch.float32)
+    assert isinstance(model, MamaForCausalLM)
+    weights = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    assert [weight.shape[1] for weight in weights] == [11, 22]
+    assert all(type(weight) is not torch.nn.Parameter for weight in weights)
+    expected, given = logits(small), logits(model)
+    assert 0 < (given - expected).abs().max() < 0.05 * expected.abs().max()
+    assert model.generate(random_ids(), max_new_tokens=4, do_sample=False).shape == (2, 16)
+    model.save_pretrained(tmp_path / "int8")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "int8")), given)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import masked
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mama_hf import MamaPruningConfig, save_packed, sparsity_report
+from mama_hf import MamaForCausalLM, MamaPruningConfig, save_packed, shrink, sparsity_report
 from mama_hf.checkpoint import describe
 from mama_hf.packed import MamaPackedConfig
 
@@ -68,6 +69,17 @@ def test_round_trip(name: str, max_shard_size: str, make_model: MakeModel, tmp_p
     assert_equal(loaded, model)
     if name == "tied-llama":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_round_trip_of_a_model_with_uneven_layers(name: str, tmp_path: Path) -> None:
+    model = prune(shrink(masked(name))).to(torch.bfloat16)
+    assert isinstance(model, MamaForCausalLM)
+    save_packed(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.layer_sizes == model.config.layer_sizes
+    assert_equal(loaded, model)
+    assert sparsity_report(tmp_path)["total"] == sparsity_report(model)["total"]
 
 
 @pytest.mark.parametrize(("sparsity", "limit"), [(0.5, 0.57), (0.8, 0.27)])

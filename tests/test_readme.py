@@ -87,6 +87,8 @@ def test_the_python_blocks_run_in_order(hub):
     }
     assert {"README.md", "packed_model.safetensors", "tokenizer.json"} <= {path.name for path in pushed.iterdir()}
     assert torch.equal(namespace["llm"].lm_head.weight, AutoModelForCausalLM.from_pretrained(pushed).lm_head.weight)
+    whole_way = next(block for block in blocks("python") if "me/smollm2-small" in block)
+    assert len(whole_way.splitlines()) < 30
     small, served = AutoModelForCausalLM.from_pretrained("small-model"), Path("me/smollm2-small")
     assert small.config.intermediate_size == mix6.build_model(mix6.build_tokenizer(), 0).config.intermediate_size // 2
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in served.iterdir()}
