@@ -82,8 +82,8 @@ class MamaPruningConfig:
             least).
         reward_tolerance (`float`, *optional*):
             How far, in units of the reward and in (0, 1], the mean reward on held-out prompts may lie below the best
-            one so far: a mask update that goes beyond is taken back, and a smaller step is tried later. `None`: no
-            check. Only in [`MamaGRPOTrainer`].
+            one so far: a mask update that goes beyond is taken back, and a smaller step is tried later; if training
+            ends beyond it, the last state that was within is put back. `None`: no check. Only in [`MamaGRPOTrainer`].
         distillation_weight (`float`, *optional*, defaults to 0.0):
             What the trainer's loss gets on top: this times the divergence from the `teacher_model`, per token as the
             loss is. 0: no teacher. Only in [`MamaGRPOTrainer`], [`MamaSFTTrainer`] and [`MamaTrainer`].
