@@ -52,7 +52,8 @@ class MamaPruningConfig:
         end (`int` or `float`, *optional*, defaults to 0.7):
             When the final sparsity is reached and the masks are frozen; the rest of the run recovers.
         update_every (`int`, *optional*):
-            Steps between mask updates. `None`: about 40 updates between start and end.
+            Steps between mask updates. `None`: about 40 updates between start and end, but with `reward_tolerance` at
+            least two steps apart.
         criterion (`str`, *optional*, defaults to `"mama"`):
             What a weight is worth: a key of [`CRITERIA`], or `"sparsegpt"` (only in [`prune_model`]).
         granularity (`str`, *optional*, defaults to `"unstructured"`):
