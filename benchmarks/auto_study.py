@@ -3,7 +3,7 @@
     python benchmarks/auto_study.py
 
 For each seed: the dense run, `auto` with a tolerance of 0.05, the same with values moved, and `auto` with a reward
-that turns to noise half-way. GRPO goes on to follow the noise, which ruins the dense model; the check stops the pruning
+that turns to noise half-way. GRPO goes on to follow the noise, which ruins the dense model; the check stops pruning
 and, at the end, puts the last state back that held the reward. Accuracy is greedy, on 512 prompts that neither
 training nor the check has seen.
 """
