@@ -3,8 +3,9 @@
     python benchmarks/auto_study.py
 
 For each seed: the dense run, `auto` with a tolerance of 0.05, the same with values moved, and `auto` with a reward
-that turns to noise half-way (there the dense model is ruined as well: the check stops pruning, not the training).
-Accuracy is greedy, on 512 prompts that neither training nor the check has seen.
+that turns to noise half-way. GRPO goes on to follow the noise, which ruins the dense model; the check stops pruning
+and, at the end, puts the last state back that held the reward. Accuracy is greedy, on 512 prompts that neither
+training nor the check has seen.
 """
 
 import random
@@ -27,7 +28,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
 
 
 class TurnsToNoise:
-    """The task's reward until half of the training batches are scored, coin flips from then on."""
+    """The task's reward until half of the training batches are scored, uniform noise in [0, 1) from then on."""
 
     __name__ = "turns_to_noise"
 
@@ -37,7 +38,7 @@ class TurnsToNoise:
     def __call__(self, completions: list[str], answer: list[str], **kwargs: Any) -> list[float | None]:
         if kwargs["trainer_state"].global_step < STEPS // 2:
             return mix6.exact_match_reward(completions, answer)
-        return [float(self.rng.random() < 0.5) for _ in completions]
+        return [self.rng.random() for _ in completions]
 
 
 def run(name: str, seed: int, tokenizer: Any, models: Path) -> dict[str, Any]:

@@ -34,8 +34,9 @@ class MamaPruningCallback(TrainerCallback):
     Logs `pruning/sparsity` (fraction of zeros in the targeted weights, or of the groups that are gone),
     `pruning/target` (what the schedule asks for) and `pruning/changed` (share of the mask that the last update
     flipped) with the trainer's own logs; with a reward check also `pruning/reward_check` (the reward it measured
-    last), `pruning/rollbacks` and `pruning/held` (updates taken back and left out so far). When training ends,
-    `report` holds what came of it, and is logged as a table.
+    last), `pruning/rollbacks` and `pruning/held` (updates taken back and left out so far) and, at the last step,
+    `pruning/restored` (1 if the last state that held the reward was put back, since the end of training had not).
+    When training ends, `report` holds what came of it, and is logged as a table.
 
     Args:
         config (`MamaPruningConfig`): the recipe.
@@ -106,8 +107,8 @@ class MamaPruningCallback(TrainerCallback):
         _check_best_model(args, state, self.pruner)
         if state.global_step > 0:
             load_state(self.pruner, self._resume_folder(args, state), state.global_step)
-        elif self.pruner.check is not None:
-            self.pruner.check.begin()
+        else:
+            self.pruner.begin()
         self.pruner.attach(model)
         save_recipe_with(model)
         describe(model, self.config, self.pruner.sparsity)
@@ -130,7 +131,11 @@ class MamaPruningCallback(TrainerCallback):
         pruner = self._running()
         with self._timed():
             has_changed = pruner.update(state.global_step)
-        if has_changed:
+        # with load_best_model_at_end, other weights are judged, after the last step
+        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            self._finish(kwargs["model"], state)
+            control.should_log = control.should_log or pruner.is_restored
+        elif has_changed:
             describe(kwargs["model"], self.config, pruner.sparsity)
         best = state.best_global_step
         if args.load_best_model_at_end and best is not None and not pruner.is_final(best):
@@ -158,6 +163,7 @@ class MamaPruningCallback(TrainerCallback):
                 "pruning/reward_check": check.last,
                 "pruning/rollbacks": check.num_rollbacks,
                 "pruning/held": check.num_held,
+                "pruning/restored": int(self.pruner.is_restored),
             }
         logs.update(values)
         state.log_history[-1].update(values)
@@ -177,6 +183,7 @@ class MamaPruningCallback(TrainerCallback):
     ) -> None:
         pruner = self._running()
         pruner.detach()
+        self._finish(kwargs["model"], state)
         if pruner.has_adapters:
             logger.warning(
                 "The model is sparse in the sum of base and adapter: serve model.merge_and_unload(). The adapter by "
@@ -203,6 +210,26 @@ class MamaPruningCallback(TrainerCallback):
         if self.shrink_to is not None and state.is_world_process_zero:
             self._save_shrunk(kwargs["model"], kwargs.get("processing_class"), self.shrink_to)
 
+    def _finish(self, model: Any, state: TrainerState) -> None:
+        """Judge the reward that training ends with, and let model and log say what came of it."""
+        pruner = self._running()
+        was_judged = pruner.check is None or pruner.check.state.judged_at == state.global_step
+        with self._timed():
+            pruner.finish(state.global_step)
+        describe(model, self.config, pruner.sparsity)
+        if pruner.is_restored and not was_judged:
+            logger.warning("Training has restored %s.", self._restored())
+
+    def _restored(self) -> str:
+        """Which state was put back, and why."""
+        pruner = self._running()
+        assert pruner.check is not None, "it decides"
+        return (
+            f"the state of step {pruner.kept.step}, sparsity {pruner.sparsity:.4f}, because the reward of the "
+            f"held-out prompts ended at {pruner.check.state.last:.4f} and had been {pruner.check.state.best:.4f} "
+            f"(reward_tolerance={self.config.reward_tolerance})"
+        )
+
     def _save_shrunk(self, model: Any, processing_class: Any, folder: str | os.PathLike) -> None:
         if self._running().num_pruned == 0:
             logger.warning("Nothing was pruned, so nothing is saved to %s.", folder)
@@ -224,15 +251,15 @@ class MamaPruningCallback(TrainerCallback):
             entry["pruning/reward"] for entry in state.log_history if "pruning/reward" in entry
         ]
         check = RewardState() if pruner.check is None else pruner.check.state
-        with self._timed():
-            if pruner.check is not None:
-                rewards = [check.first, pruner.check.measure()]
+        if pruner.check is not None:
+            rewards = [check.first, pruner.kept.reward if pruner.is_restored else check.last]
         self.report = TrainingReport(
             asked=self.config.final_sparsity,
             reached=pruner.sparsity,
             reward_before=rewards[0] if rewards else None,
             reward_after=rewards[-1] if rewards else None,
             stopped_by=pruner.stopped_by(state.global_step),
+            restored=self._restored() if pruner.is_restored else None,
             num_rollbacks=check.num_rollbacks,
             num_held=check.num_held,
             num_checks=check.num_checks,

@@ -52,7 +52,8 @@ class MamaPruningConfig:
         end (`int` or `float`, *optional*, defaults to 0.7):
             When the final sparsity is reached and the masks are frozen; the rest of the run recovers.
         update_every (`int`, *optional*):
-            Steps between mask updates. `None`: about 40 updates between start and end.
+            Steps between mask updates. `None`: about 40 updates between start and end, but with `reward_tolerance` at
+            least two steps apart.
         criterion (`str`, *optional*, defaults to `"mama"`):
             What a weight is worth: a key of [`CRITERIA`], or `"sparsegpt"` (only in [`prune_model`]).
         granularity (`str`, *optional*, defaults to `"unstructured"`):
@@ -82,8 +83,8 @@ class MamaPruningConfig:
             least).
         reward_tolerance (`float`, *optional*):
             How far, in units of the reward and in (0, 1], the mean reward on held-out prompts may lie below the best
-            one so far: a mask update that goes beyond is taken back, and a smaller step is tried later. `None`: no
-            check. Only in [`MamaGRPOTrainer`].
+            one so far: a mask update that goes beyond is taken back, and a smaller step is tried later; if training
+            ends beyond it, the last state that was within is put back. `None`: no check. Only in [`MamaGRPOTrainer`].
         distillation_weight (`float`, *optional*, defaults to 0.0):
             What the trainer's loss gets on top: this times the divergence from the `teacher_model`, per token as the
             loss is. 0: no teacher. Only in [`MamaGRPOTrainer`], [`MamaSFTTrainer`] and [`MamaTrainer`].

@@ -125,10 +125,14 @@ class ValueMover:
         """Copies of all that `move_` may change, for `restore_values_`."""
         if self.rule == "none":
             return []
-        tensors: list[Any] = [target.parameter for target in self.targets] + list(initial or [])
-        if self.rule == "bias":
-            tensors += [target.module.bias for target in self.targets]
-        return [(tensor, ..., tensor.data.clone()) for tensor in tensors]
+        return [(tensor, ..., tensor.data.clone()) for tensor in [*self.changing_tensors(), *(initial or [])]]
+
+    def changing_tensors(self) -> list[Any]:
+        """The parameters that `move_` may change."""
+        if self.rule == "none":
+            return []
+        biases = [target.module.bias for target in self.targets] if self.rule == "bias" else []
+        return [target.parameter for target in self.targets] + biases
 
     @torch.no_grad()
     def move_(self, masks: Sequence[Tensor], initial: Sequence[Tensor | None] | None = None) -> None:

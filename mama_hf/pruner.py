@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import MamaPruningConfig
 from .criteria import CRITERIA, score
+from .kept import KeptState
 from .moving import COLLECT_STEPS, ValueMover
 from .pools import make_pools, num_pruned
 from .reward_check import RewardCheck
@@ -73,8 +74,16 @@ class Pruner:
         self.num_pruned = 0
         self.changed = 0.0
         self._before: tuple[list[Tensor] | None, float, Saved] | None = None
+        self.kept = KeptState({} if check is None else self._changing_parameters(model))
         self._is_held = self._hold_what_is_sparse()
         self.mover.is_collecting = self._is_update_near(0)
+
+    def _changing_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What trains, and what pruning changes: with LoRA that is frozen."""
+        pruned = {id(target.parameter) for target in self.pools.held}
+        pruned |= {id(tensor) for tensor in self.mover.changing_tensors()}
+        named = model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad or id(parameter) in pruned}
 
     def _needs_growth_score(self) -> bool:
         return self.config.regrowth > 0 and "gradient_square" not in self.criterion.statistics
@@ -169,6 +178,33 @@ class Pruner:
         if self.masks is not None:
             apply_masks_(self.pools.held, self._entry_masks, self.optimizer)
 
+    def begin(self) -> None:
+        """A run starts, and is not resumed: measure the reward before training, if there is a check."""
+        if self.check is not None:
+            self.check.begin()
+            self._keep(0, self.check.state.last)
+
+    def finish(self, step: int) -> None:
+        """
+        Training has ended. If the reward has fallen by more than the check tolerates, the last state that held it is
+        put back: weights and masks. To be called again if the weights were exchanged since.
+        """
+        if self.check is None or self.check.judge(step):
+            return
+        self.kept.restore_()
+        self._set_masks_by_name(self.kept.masks)
+        self.hold()
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether `finish` has put the kept state back."""
+        return self.check is not None and not self.check.state.is_good_at_end
+
+    def _keep(self, step: int, reward: float | None) -> None:
+        assert reward is not None, "it was measured"
+        masks = {} if self.masks is None else dict(zip(self.pools.names, self.masks))
+        self.kept.keep(masks, step, reward)
+
     @torch.no_grad()
     def update(self, step: int) -> bool:
         """Change the masks if `step` is one to do so. Returns whether they changed."""
@@ -191,15 +227,20 @@ class Pruner:
         count = self.pools.num_asked_of(kind, target)
         if count == 0 or (count == reached and self.config.regrowth == 0):  # nothing would change: don't measure
             return False
-        sparsity = check.propose(reached / num_units, target, kind)
+        sparsity = check.propose(reached / num_units, target, step, kind)
         if sparsity is None:
             return False
+        was_measured, reward = check.state.passed_at == step, check.state.last
         self._change_masks(self._select(sparsity, [kind], step))
-        if not check.accept((self._num_pruned_of(kind) - reached) / num_units, kind, 1 / num_units):
-            self.rollback()
-            return False
-        self._before = None
-        return True
+        step_size = (self._num_pruned_of(kind) - reached) / num_units
+        if check.accept(step_size, step, kind, 1 / num_units):
+            self._before = None
+            self._keep(step, check.state.last)
+            return True
+        self.rollback()
+        if was_measured:  # it may have set the running best
+            self._keep(step, reward)
+        return False
 
     def _num_pruned_of(self, kind: str) -> int:
         """Units of a kind that the masks prune."""
@@ -231,10 +272,7 @@ class Pruner:
         masks, self.changed, saved = self._before
         self._before = None
         restore_values_(saved)
-        if masks is None:
-            self.masks, self._entry_masks, self.num_pruned = None, [], 0
-        else:
-            self._set_masks(masks)
+        self._set_masks(masks)
 
     def _is_update_near(self, step: int) -> bool:
         """Whether the inputs of the step after `step` count for the next mask update."""
@@ -266,9 +304,18 @@ class Pruner:
         }
         return score(self.config.criterion, self.targets[index].weight, statistics)
 
-    def _set_masks(self, masks: list[Tensor]) -> None:
-        self.masks, self._entry_masks = masks, self.pools.expand(masks)
-        self.num_pruned = num_pruned(masks)
+    def _set_masks(self, masks: list[Tensor] | None) -> None:
+        self.masks, self._entry_masks, self.num_pruned = None, [], 0
+        if masks is not None:
+            self.masks, self._entry_masks = masks, self.pools.expand(masks)
+            self.num_pruned = num_pruned(masks)
+
+    def _set_masks_by_name(self, masks: dict[str, Tensor]) -> None:
+        """Put masks from host memory in force. Raises `KeyError` if there are some, but not the targets'."""
+        if unknown := masks.keys() - set(self.pools.names):
+            raise KeyError(min(unknown))
+        devices = zip(self.pools.names, self.pools.devices)
+        self._set_masks([masks[name].to(device) for name, device in devices] if masks else None)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) from which `load_state_dict` continues bit for bit."""
@@ -284,6 +331,8 @@ class Pruner:
         }
         if self.check is not None:
             values["reward_check"] = self.check.state_dict()
+            kept, values["kept"] = self.kept.state_dict()
+            tensors |= {f"kept.{key}": value for key, value in kept.items()}
         return tensors, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -295,19 +344,12 @@ class Pruner:
         """
         self.statistics.load_state_dict(_below("statistics.", tensors))
         self.mover.load_state_dict(_below("moving.", tensors))
-        self.masks, self.num_pruned = None, 0
-        found, names = (
-            {key for key in tensors if key.startswith("mask.")},
-            [f"mask.{name}" for name in self.pools.names],
-        )
-        if found - set(names):
-            raise KeyError(min(found - set(names)))
-        if found:
-            self._set_masks([tensors[name].to(device) for name, device in zip(names, self.pools.devices)])
+        self._set_masks_by_name(_below("mask.", tensors))
         self.changed, self.has_signal = values["changed"], values["has_signal"]
         self._is_held, self.mover.is_collecting = values["is_held"], values["is_collecting"]
         if self.check is not None:
             self.check.load_state_dict(values["reward_check"])
+            self.kept.load_state_dict(_below("kept.", tensors), values["kept"])
         self.hold()
 
 

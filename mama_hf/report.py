@@ -106,8 +106,9 @@ class OneShotReport(dict):
 class TrainingReport(dict):
     """
     What came of pruning while training: a dict with the keys `asked` (`final_sparsity`), `reached`, `reward_before`,
-    `reward_after` (`None` without rewards), `stopped_by` (in words), `num_rollbacks`, `num_held`, `num_checks`, and
-    `seconds` spent on pruning since training began or was resumed. `print(report)` shows a table.
+    `reward_after` (`None` without rewards), `stopped_by` (in words), `restored` (which state was put back and why, in
+    words, with the reward measured of it as `reward_after`; `None`: none), `num_rollbacks`, `num_held`, `num_checks`,
+    and `seconds` spent on pruning since training began or was resumed. `print(report)` shows a table.
     """
 
     def __str__(self) -> str:
@@ -119,6 +120,7 @@ class TrainingReport(dict):
             "reward before": texts["reward_before"],
             "reward after": texts["reward_after"],
             "stopped by": texts["stopped_by"],
+            "restored": texts["restored"],
             "updates taken back, left out": f"{texts['num_rollbacks']}, {texts['num_held']}",
             "reward checks": texts["num_checks"],
             "seconds in pruning": f"{self['seconds']:.1f}",

@@ -194,7 +194,7 @@ def test_a_check_that_never_triggers_changes_nothing(
     assert_same(dict(plain.model.state_dict()), dict(checked.model.state_dict()))
     assert_same(optimizer_state(plain), optimizer_state(checked))
     assert_same(plain.pruning_callback.pruner.masks, checked.pruning_callback.pruner.masks)
-    check_logs = ("pruning/reward_check", "pruning/rollbacks", "pruning/held")
+    check_logs = ("pruning/reward_check", "pruning/rollbacks", "pruning/held", "pruning/restored")
     assert logs(plain) == logs(checked, but=check_logs)
     assert all(key in entry for key in check_logs for entry in steps(checked))
 
@@ -206,8 +206,9 @@ def full_state(trainer: MamaGRPOTrainer) -> list[Any]:
     pruner = trainer.pruning_callback.pruner
     tensors, values = pruner.state_dict()
     values.pop("reward_check")
+    values.pop("kept")
     values.pop("is_collecting")  # a matter of the step; and an update uses up what was collected for it
-    tensors = {name: value for name, value in tensors.items() if not name.startswith("moving.")}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(("moving.", "kept."))}
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     return copy.deepcopy([weights, optimizer_state(trainer), tensors, values, pruner.sparsity])
 
@@ -219,8 +220,8 @@ def full_state(trainer: MamaGRPOTrainer) -> list[Any]:
     ids=str,
 )
 def test_a_rollback_restores_all_bit_for_bit(model: PreTrainedModel, make_trainer: Train, config: dict) -> None:
-    """With checks at 1 before the updates; after the third and the fourth update that is tried, 0."""
-    rewards = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    """After the third and the fourth update that is tried, the reward is 0; before the fourth it is 1."""
+    rewards = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     final = 0.5 if "granularity" in config else 0.6
     trainer = make_trainer(
         model, recipe(end=10, reward_tolerance=0.05, final_sparsity=final, **config), Scripted(*rewards)
@@ -254,7 +255,7 @@ def test_a_rollback_restores_all_bit_for_bit(model: PreTrainedModel, make_traine
 
 def test_heads_are_taken_back_and_neurons_stay(model: PreTrainedModel, make_trainer: Train) -> None:
     """Each kind is tried and measured by itself; after the roll-back, heads hold while neurons go on."""
-    rewards = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]  # before; neurons and heads at step 2; neurons at step 3; after
+    rewards = [1.0, 1.0, 0.0, 1.0]  # before training; neurons and heads at step 2; from then on
     span = {"start": 2, "end": 3, "initial_sparsity": 0.25, "final_sparsity": 0.5}
     trainer = make_trainer(model, recipe(granularity="neuron+head", reward_tolerance=0.05, **span), Scripted(*rewards))
     trainer.train()
@@ -266,7 +267,7 @@ def test_heads_are_taken_back_and_neurons_stay(model: PreTrainedModel, make_trai
 
 def test_a_rollback_with_lora(model: PreTrainedModel, make_trainer: Train) -> None:
     lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    rewards = Scripted(1.0, 1.0, 1.0, 1.0, 0.0)
+    rewards = Scripted(1.0, 1.0, 1.0, 0.0, 1.0)
     trainer = make_trainer(model, recipe(reward_tolerance=0.05), rewards, keywords={"peft_config": lora})
     seen: list[Any] = []
 
@@ -282,21 +283,6 @@ def test_a_rollback_with_lora(model: PreTrainedModel, make_trainer: Train) -> No
     assert trainer.pruning_callback.report["reached"] < 0.6
 
 
-def test_noise_stops_the_pruning(model: PreTrainedModel, train: Train, caplog: pytest.LogCaptureFixture) -> None:
-    """A reward that turns to noise half-way: the sparsity stays where it was, and weights stay finite."""
-    with caplog.at_level(logging.WARNING):
-        trainer = train(
-            model, recipe(final_sparsity=0.8, reward_tolerance=0.1), Scripted(1.0, 1.0, 1.0, 1.0, 1.0, 0.4, 0.6, 0.5)
-        )
-    reached = [entry["pruning/sparsity"] for entry in steps(trainer)]
-    assert 0 < reached[4] == reached[-1] < 0.8
-    assert check_state(trainer).num_held >= 3
-    assert all(weight.isfinite().all() for weight in model.state_dict().values())
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "mama_hf.callback"]
-    assert f"stopped pruning at {reached[-1]:.4f} " in message
-    assert "final_sparsity=0.8" in message
-
-
 def test_nan_in_mid_run_skips_updates_with_a_warning(
     model: PreTrainedModel, train: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,19 +293,161 @@ def test_nan_in_mid_run_skips_updates_with_a_warning(
     assert 0 < sparsity(model) == trainer.pruning_callback.pruner.sparsity
 
 
+# ---------------------------------------------------------------------------------------------- putting back
+
+
+class TurnsToNoise:
+    """1 on held-out prompts until step 4 is done, then what is far below it; the digit sum while training."""
+
+    __name__ = "turns_to_noise"
+
+    def __init__(self, noise: float | None = 0.5) -> None:
+        self.noise = noise
+
+    def __call__(self, completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float | None]:
+        if len(completions) != 6:
+            return digit_sum(completions)
+        step = trainer_state.global_step
+        return [1.0 if step <= 4 or self.noise is None else self.noise + step / 100] * 6
+
+
+class Recorder(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self, trainer: MamaGRPOTrainer) -> None:
+        self.model, self.weights = trainer.model, {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights[state.global_step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
+NOISY = [
+    {"final_sparsity": "auto"},
+    {"final_sparsity": 0.8},
+    {"granularity": "neuron", "final_sparsity": "auto", "multiple_of": 1},
+    {"granularity": "neuron+head", "final_sparsity": 0.75, "initial_sparsity": 0.5},
+    {"move_values": "bias"},
+    {"regrowth": 0.3},
+]
+
+
+@pytest.mark.parametrize("config", NOISY, ids=str)
+def test_noise_stops_the_pruning_and_the_last_good_state_is_put_back(
+    make_model: Callable[..., PreTrainedModel], make_trainer: Train, config: dict[str, Any], caplog: Any
+) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True} if "move_values" in config else {}
+    model = make_model("llama", vocab_size=len(mix6.build_tokenizer()), **biases)
+    config = recipe(reward_tolerance=0.1, **config)
+    trainer = make_trainer(model, config, TurnsToNoise(), logging_steps=4)  # restoring logs the last step, too
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    pruner, report = trainer.pruning_callback.pruner, trainer.pruning_callback.report
+    assert_same(recorder.weights[4], dict(model.state_dict()))
+    assert 0 < pruner.sparsity == report["reached"] == model.config.mama["sparsity"] < pruner.schedule.final_sparsity
+    found = sparsity_report(model)
+    kinds = (
+        found["groups"].values() if config.is_structured else [found["targets"] | {"groups": pruner.pools.num_units}]
+    )
+    zeros = sum(row["zeros"] for row in kinds)
+    assert zeros == pruner.num_pruned if config.regrowth == 0 else zeros > pruner.num_pruned  # regrowth starts from 0
+    assert (report["reward_after"], report["stopped_by"]) == (1.0, "the reward check")
+    assert [entry["pruning/restored"] for entry in steps(trainer)] == [0, 0, 1]
+    message = f"the state of step 4, sparsity {pruner.sparsity:.4f}, because the reward of the held-out prompts ended"
+    assert report["restored"].startswith(f"{message} at 0.6000 and had been 1.0000")
+    assert caplog.text.count(message) == 1
+    assert all((tensor[~mask] == 0).all() for tensor, mask in zip(held_momenta(trainer), pruner._entry_masks))
+
+
+def held_momenta(trainer: MamaGRPOTrainer) -> list[torch.Tensor]:
+    pruner = trainer.pruning_callback.pruner
+    return [pruner.optimizer.state[target.parameter]["exp_avg"] for target in pruner.pools.held]
+
+
+def test_noise_from_the_start_gives_the_model_back(model: PreTrainedModel, train: Train) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = train(model, recipe(reward_tolerance=0.1), Scripted(1.0, 0.0))
+    assert_same(before, dict(model.state_dict()))
+    assert trainer.pruning_callback.pruner.masks is None
+    assert "state of step 0, sparsity 0.0000" in trainer.pruning_callback.report["restored"]
+
+
+def test_what_is_put_back_has_the_running_best(model: PreTrainedModel, make_trainer: Train) -> None:
+    """A check before an update that raises the best keeps the state, though the update is then taken back."""
+    trainer = make_trainer(model, recipe(reward_tolerance=0.1, end=9), Scripted(0.5, 0.5, 0.0, 1.0, 0.0, 0.5))
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()  # kept at step 3; taken back at 4 and, after 1.0 before it, at 7
+    assert trainer.pruning_callback.pruner.kept.step == 7
+    assert_same(recorder.weights[7], dict(model.state_dict()))
+    assert trainer.pruning_callback.report["reward_after"] == 1.0
+
+
+def test_no_reward_at_the_end_puts_back_too(model: PreTrainedModel, make_trainer: Train) -> None:
+    trainer = make_trainer(model, recipe(reward_tolerance=0.1), TurnsToNoise(math.nan))
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert_same(recorder.weights[4], dict(model.state_dict()))
+
+
+def test_stopping_early_puts_back_too(model: PreTrainedModel, make_trainer: Train) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 6
+
+    trainer = make_trainer(model, recipe(reward_tolerance=0.1), TurnsToNoise(), keywords={"callbacks": [Stop()]})
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert_same(recorder.weights[4], dict(model.state_dict()))
+    assert "state of step 4" in trainer.pruning_callback.report["restored"]
+
+
+def test_lora_is_put_back_with_its_base(model: PreTrainedModel, make_trainer: Train) -> None:
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(model, recipe(reward_tolerance=0.1), TurnsToNoise(), keywords={"peft_config": lora})
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert_same(recorder.weights[4], dict(trainer.model.state_dict()))
+    assert sparsity(trainer.model.merge_and_unload()) >= trainer.pruning_callback.report["reached"] > 0
+
+
+@pytest.mark.parametrize("config", [{}, {"granularity": "neuron", "multiple_of": 1}], ids=str)
+def test_resume_under_noise_equals_uninterrupted(
+    model: PreTrainedModel, train: Train, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """What is kept comes from the checkpoint: it is older than that."""
+    config = recipe(reward_tolerance=0.1, final_sparsity="auto", **config)
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    full = train(copy.deepcopy(model), config, TurnsToNoise(), **settings)
+    assert "state of step 4" in full.pruning_callback.report["restored"]
+    for step in (6, 9):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        resumed = train(copy.deepcopy(model), config, TurnsToNoise(), resume=folder, **settings)
+        assert_same(dict(full.model.state_dict()), dict(resumed.model.state_dict()))
+        assert_same(full.pruning_callback.pruner.masks, resumed.pruning_callback.pruner.masks)
+        assert check_state(full) == check_state(resumed)
+        assert logs(full) == logs(resumed)
+        reports = [trainer.pruning_callback.report for trainer in (full, resumed)]
+        assert {**reports[0], "seconds": 0} == {**reports[1], "seconds": 0}
+
+
 # ---------------------------------------------------------------------------------------------- auto, the report
 
 
 def test_auto_reaches_what_the_reward_allows(model: PreTrainedModel, train: Train, caplog: Any) -> None:
-    fine = [1.0] * 8  # before training, then before and after each update
+    fine = [1.0] * 4  # before training, then after each update
     with caplog.at_level(logging.INFO, logger="mama_hf"):
-        trainer = train(model, recipe(final_sparsity="auto", reward_tolerance=0.05), Scripted(*fine, 0.0))
+        trainer = train(model, recipe(final_sparsity="auto", reward_tolerance=0.05), Scripted(*fine, 0.0, 1.0))
     pruner, report = trainer.pruning_callback.pruner, trainer.pruning_callback.report
     assert 0 < pruner.sparsity < 0.95
     assert report["asked"] == "auto"
     assert report["reached"] == pruner.sparsity == sparsity(model) == model.config.mama["sparsity"]
     assert report["stopped_by"] == "the reward check"
-    assert (report["reward_before"], report["reward_after"]) == (1.0, 0.0)
+    assert (report["reward_before"], report["reward_after"], report["restored"]) == (1.0, 1.0, None)
     assert report["num_rollbacks"] == 1
     assert report["seconds"] > 0
     assert pruner.is_final(8)
@@ -366,7 +494,7 @@ def test_resume_in_a_hold_equals_uninterrupted(model: PreTrainedModel, train: Tr
     """The first update is taken back, and the next two are left out."""
 
     def rewards(done: int = 0) -> Scripted:
-        script = Scripted(1.0, 1.0, 1.0, 1.0, 0.0, 1.0)
+        script = Scripted(1.0, 1.0, 0.0, 1.0)
         script.checks = done
         return script
 
@@ -378,7 +506,7 @@ def test_resume_in_a_hold_equals_uninterrupted(model: PreTrainedModel, train: Tr
     for step in (4, 5):
         done = steps(full)[step - 1]
         folder = tmp_path / f"run/checkpoint-{step}"
-        resumed = train(copy.deepcopy(model), config, rewards(5), resume=folder, **settings)
+        resumed = train(copy.deepcopy(model), config, rewards(3), resume=folder, **settings)
         assert done["pruning/rollbacks"] == 1
         assert_same(dict(full.model.state_dict()), dict(resumed.model.state_dict()))
         assert_same(optimizer_state(full), optimizer_state(resumed))
@@ -414,9 +542,7 @@ def test_vllm_gets_the_weights_anew(model: PreTrainedModel, make_trainer: Train)
     assert check_state(trainer).num_rollbacks == 1
     stub = trainer.vllm_generation
     assert all(is_current for _, is_current in stub.used)
-    assert [temperature for temperature, _ in stub.used].count(0.0) == check_state(
-        trainer
-    ).num_checks + 1  # the report's
+    assert [temperature for temperature, _ in stub.used].count(0.0) == check_state(trainer).num_checks
     assert [temperature for temperature, _ in stub.used].count(1.0) == 10
     assert stub.temperature == 1.0
 

@@ -90,6 +90,13 @@ def test_update_every_is_respected() -> None:
     assert update_steps(one, 50) == [5, 14, 23, 32, 41]
 
 
+@pytest.mark.parametrize(("max_steps", "every"), [(20, 2), (100, 2), (150, 2), (1000, 15)])
+def test_updates_with_a_reward_check_are_apart(max_steps: int, every: int) -> None:
+    one = resolve_schedule(MamaPruningConfig(reward_tolerance=0.1), max_steps)
+    assert one.update_every == every
+    assert resolve_schedule(MamaPruningConfig(reward_tolerance=0.1, update_every=1), max_steps).update_every == 1
+
+
 def test_fields_come_from_the_recipe() -> None:
     recipe = MamaPruningConfig(final_sparsity=0.6, initial_sparsity=0.2, schedule="linear", start=3, end=0.5)
     one = resolve_schedule(recipe, 40)
