@@ -2,17 +2,23 @@
 
     python benchmarks/grpo_structured.py
 
-The accuracy is that of the shrunk model, greedy, on 512 held-out prompts; the parameters are counted in it.
+The accuracy is that of the shrunk model, greedy, on 512 held-out prompts; the parameters are counted in it. Of runs
+with heads, the shares that are gone and the held-out reward are kept step by step, and drawn beside the results.
 """
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from mix6_runs import END, START, mix6, post_train, pretrained, study
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mama_hf import MamaPruningConfig, shrink, sparsity_report
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 
 SPAN: dict[str, Any] = {"start": START, "end": END}
@@ -26,11 +32,25 @@ RUNS: dict[str, dict[str, Any]] = {
         "move_values": "least_squares",
     },
 }
+OUTPUT = "benchmarks/results/grpo_structured.json"
+
+
+class Curve(TrainerCallback):
+    """The share of each kind of group that is gone, and the newest held-out reward, at every logged step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "pruning/reward_check" in logs:
+            shares = {kind: row["sparsity"] for kind, row in sparsity_report(kwargs["model"])["groups"].items()}
+            self.rows.append({"step": state.global_step, "reward": logs["pruning/reward_check"], **shares})
 
 
 def run(name: str, seed: int, tokenizer: Any, models: Path) -> dict[str, Any]:
-    model = pretrained(tokenizer, seed, models)
-    masked, _ = post_train(model, tokenizer, seed, MamaPruningConfig(**SPAN, **RUNS[name]))
+    model, curve = pretrained(tokenizer, seed, models), Curve()
+    recipe = MamaPruningConfig(**SPAN, **RUNS[name])
+    masked, _ = post_train(model, tokenizer, seed, recipe, callbacks=[curve])
     groups = sparsity_report(model)["groups"]
     with tempfile.TemporaryDirectory() as folder:
         shrink(model).save_pretrained(folder)
@@ -42,8 +62,30 @@ def run(name: str, seed: int, tokenizer: Any, models: Path) -> dict[str, Any]:
         "groups": groups,
         "parameters": [model.num_parameters(), small.num_parameters()],
         "bytes": size,
+        "curve": curve.rows,
     }
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """A panel for each run with heads, a line for each seed."""
+    names = [name for name in RUNS if "head" in RUNS[name]["granularity"] and results.get(name)]
+    figure, panels = pyplot.subplots(1, len(names), sharey=True, squeeze=False, figsize=(5.5 * len(names), 4))
+    for axes, name in zip(panels[0], names):
+        for key, color, label in (
+            ("neuron", "tab:blue", "neurons gone"),
+            ("head", "tab:orange", "heads gone"),
+            ("reward", "black", "held-out reward"),
+        ):
+            for index, row in enumerate(results[name].values()):
+                steps = [point["step"] for point in row["curve"]]
+                values = [point[key] for point in row["curve"]]
+                axes.plot(steps, values, color=color, alpha=0.6, linewidth=1, label=None if index else label)
+        axes.set(title=name, xlabel="optimizer step", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
 if __name__ == "__main__":
-    study(__doc__, RUNS, "benchmarks/results/grpo_structured.json", run)
+    draw(study(__doc__, RUNS, OUTPUT, run), Path(OUTPUT).with_suffix(".png"))
