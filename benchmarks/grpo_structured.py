@@ -6,6 +6,7 @@ The accuracy is that of the shrunk model, greedy, on 512 held-out prompts; the p
 with heads, the shares that are gone and the held-out reward are kept step by step, and drawn beside the results.
 """
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,18 +72,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
     names = [name for name in RUNS if "head" in RUNS[name]["granularity"] and results.get(name)]
     figure, panels = pyplot.subplots(1, len(names), sharey=True, squeeze=False, figsize=(5.5 * len(names), 4))
     for axes, name in zip(panels[0], names):
-        for key, color, label in (
-            ("neuron", "tab:blue", "neurons gone"),
-            ("head", "tab:orange", "heads gone"),
-            ("reward", "black", "held-out reward"),
-        ):
-            for index, row in enumerate(results[name].values()):
-                steps = [point["step"] for point in row["curve"]]
-                values = [point[key] for point in row["curve"]]
-                axes.plot(steps, values, color=color, alpha=0.6, linewidth=1, label=None if index else label)
+        for index, row in enumerate(results[name].values()):
+            curve = row["curve"]
+            measured = [new for old, new in itertools.pairwise(curve) if new["reward"] != old["reward"]]
+            for kind, color in {"neuron": "tab:blue", "head": "tab:orange"}.items():
+                label = None if index else f"{kind}s gone"
+                axes.plot([p["step"] for p in curve], [p[kind] for p in curve], color=color, alpha=0.7, label=label)
+            label = None if index else "held-out reward after an update (low: it was taken back)"
+            steps, rewards = [p["step"] for p in measured], [p["reward"] for p in measured]
+            axes.scatter(steps, rewards, color="black", s=4, alpha=0.5, label=label)
         axes.set(title=name, xlabel="optimizer step", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), fontsize="small", loc="upper center", ncols=3, borderaxespad=0
+    )
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
