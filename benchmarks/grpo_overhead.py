@@ -4,7 +4,8 @@
 
 All runs are in one process, from one pre-trained model, and alternate; each round gives one ratio for each option. The
 model is tiny (110 k parameters) against what a GRPO step does around it, so that the ratio of the dense trainer's own
-work is as small as it can be, and that of what is done per mask update as large: 40 updates in 100 steps.
+work is as small as it can be, and that of what is done per mask update as large: an update in each step of the
+pruning phase, or in each second one with a reward check.
 """
 
 import argparse
