@@ -112,7 +112,9 @@ def render(results: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def one_line(text: str) -> str:

@@ -38,12 +38,13 @@ def draw(results: dict[str, Any], speeds: dict[str, Any], path: Path) -> None:
                 axes.plot(x, y, marker=MARKERS[granularity], color=drawn.get_color())
         dense = results["dense 0"]["dense"]["perplexity"]
         axes.axhline(dense, color="black", linestyle=":", label="dense")
-        axes.set(xlabel=f"speed-up, {label}, one thread", yscale="log")
+        # by weight norm, neurons end above a million
+        axes.set(xlabel=f"speed-up, {label}, one thread", yscale="log", ylim=(20, 1500))
         axes.grid(alpha=0.3)
     for granularity, marker in MARKERS.items():
         panels[1].plot([], [], color="gray", linestyle="", marker=marker, label=granularity)
     panels[0].set(ylabel="WikiText-2 perplexity", title="One-shot and cut out, SmolLM2-135M-Instruct")
-    panels[1].legend(fontsize="small")
+    panels[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
