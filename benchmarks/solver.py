@@ -3,8 +3,10 @@
     python benchmarks/solver.py
 
 Inputs are correlated: X = Z A with a spectrum that falls like 1 / k, and a few inputs that are 30 times as large, as
-in real models. Half of the tokens are for calibration; the error is measured on both halves. Times are CPU time,
-medians of --repeats, without the Gram matrix, which all methods but magnitude need.
+in real models. Half of the tokens are for calibration; the error is measured on both halves. The ridge of
+`prune_model` keeps a model from fitting its calibration too closely, at the price of a larger error of each layer;
+"no ridge" is the solver alone. Times are CPU time, medians of --repeats, without the Gram matrix, which all methods
+but magnitude need. --output is merged into.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from mama_hf.masks import select
 from mama_hf.rules import DEFAULT_ITERATIONS
-from mama_hf.solvers import Inputs, Moments, admm, better_rows, least_squares, ridge_for, sparsegpt
+from mama_hf.solvers import Inputs, Moments, System, admm, better_rows, least_squares, ridge_for, sparsegpt
 
 
 Solver = Callable[[Tensor, Inputs, float], Tensor]
@@ -46,8 +48,15 @@ def run_least_squares(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor
 
 
 def run_admm(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
-    system, moments = inputs.system(ridge_for(sparsity)), Moments.plain(weight, inputs.gram)
-    sizes = weight * system.scale
+    return by_admm(weight, inputs, sparsity, inputs.system(ridge_for(sparsity)))
+
+
+def run_admm_without_ridge(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
+    return by_admm(weight, inputs, sparsity, System(inputs.gram, ridge=0.0))
+
+
+def by_admm(weight: Tensor, inputs: Inputs, sparsity: float, system: System) -> Tensor:
+    moments, sizes = Moments.plain(weight, inputs.gram), weight * system.scale
 
     def choose(scores: Tensor, share: float) -> Tensor:
         return select([scores], [sizes], sparsity * share, "row", None)[0]
@@ -61,6 +70,7 @@ SOLVERS: dict[str, Solver] = {
     "wanda mask, least squares": run_least_squares,
     "sparsegpt": run_sparsegpt,
     "admm": run_admm,
+    "admm, no ridge": run_admm_without_ridge,
 }
 
 
@@ -104,7 +114,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/solver.json"))
     args = parser.parse_args(argv)
-    results: dict[str, Any] = {"threads": torch.get_num_threads()}
+    results = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    results["threads"] = torch.get_num_threads()
     for shape in args.shapes:
         for sparsity in args.sparsities:
             num_outputs, num_inputs = map(int, shape.split("x"))
