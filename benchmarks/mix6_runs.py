@@ -1,13 +1,13 @@
 """What the studies on the demo task (`examples/mix6.py`) share: a pre-trained model for each seed, and a GRPO run."""
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oneshot
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -67,15 +67,14 @@ def study(
     parser.add_argument("--output", type=Path, default=Path(output))
     args = parser.parse_args()
     tokenizer = prepare()
-    results: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for name, seed in ((name, seed) for name in args.runs for seed in args.seeds):
-        if str(seed) in results.setdefault(name, {}):
+        if str(seed) in oneshot.read(args.output).get(name, {}):
             continue
-        row = results[name][str(seed)] = run(name, seed, tokenizer, args.models)
+        row = run(name, seed, tokenizer, args.models)
         print(f"{name}, seed {seed}: {row}", flush=True)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+        oneshot.write(args.output, name, str(seed), row)
+    return oneshot.read(args.output)
 
 
 def post_train(

@@ -62,8 +62,7 @@ def measure(args: argparse.Namespace, tokenizer: Any, method: str, level: str) -
 
 
 def prune(args: argparse.Namespace, model: Any, tokenizer: Any, recipe: MamaPruningConfig) -> dict[str, Any]:
-    text = (args.data / "valid.txt").read_text(encoding="utf-8")
-    windows = calibration_windows(text, tokenizer, 16, 512, args.seed)
+    windows = calibration(args.data, tokenizer, args.seed)
     if recipe.criterion == "magnitude" and recipe.move_values in ("none", "mean"):
         windows = [windows[0][:, :16]]  # weights alone decide
     reset_peak()
@@ -78,9 +77,17 @@ def prune(args: argparse.Namespace, model: Any, tokenizer: Any, recipe: MamaPrun
     }
 
 
+def calibration(data: Path, tokenizer: Any, seed: int) -> list[Any]:
+    return calibration_windows((data / "valid.txt").read_text(encoding="utf-8"), tokenizer, 16, 512, seed)
+
+
+def test_perplexity(data: Path, model: Any, tokenizer: Any) -> float:
+    text = (data / "test.txt").read_text(encoding="utf-8")
+    return perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]
+
+
 def evaluate(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    text = (args.data / "test.txt").read_text(encoding="utf-8")
-    result: dict[str, Any] = {"perplexity": perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]}
+    result: dict[str, Any] = {"perplexity": test_perplexity(args.data, model, tokenizer)}
     others = {"licence": ROOT / "LICENSE", "python": Path(str(inspect.getsourcefile(argparse)))}
     result["other_perplexity"] = {
         name: perplexity(model, tokenizer, path.read_text(encoding="utf-8"), 512, num_windows=4)["perplexity"]
@@ -88,8 +95,7 @@ def evaluate(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, 
     }
     result["sample"] = generate_samples(model, tokenizer, ["University is"], max_new_tokens=16)[0]
     if args.arc:
-        scores = multiple_choice(model, tokenizer, arc_items(args.arc, args.arc_items))
-        result["arc_easy"] = {key: value for key, value in scores.items() if not key.startswith("predictions")}
+        result["arc_easy"] = arc_scores(args.arc, args.arc_items, model, tokenizer)
     return result
 
 
@@ -111,6 +117,11 @@ def arc_items(path: Path, number: int | None) -> list[dict[str, Any]]:
         {"context": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "answer": row["label"]}
         for row in rows
     ]
+
+
+def arc_scores(path: Path, number: int | None, model: Any, tokenizer: Any) -> dict[str, Any]:
+    scores = multiple_choice(model, tokenizer, arc_items(path, number))
+    return {key: value for key, value in scores.items() if not key.startswith("predictions")}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from mama_hf import MamaPruningCallback, MamaPruningConfig, sparsity_report
-from mama_hf.evaluation import perplexity
 
 
 def train(args: argparse.Namespace, model: Any, tokenizer: Any, method: str, level: str, seed: int) -> Any:
@@ -81,16 +80,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     args.iterations, args.seed = None, 0  # of `oneshot.prune`
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = (args.data / "test.txt").read_text(encoding="utf-8")
     for level, method, seed in (
         (level, method, seed) for level in args.levels for method in args.methods for seed in args.seeds
     ):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         if method != "dense":
             oneshot.prune(args, model, tokenizer, oneshot.recipe_of(method, level, None))
-        before = perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]
+        before = oneshot.test_perplexity(args.data, model, tokenizer)
         train(args, model, tokenizer, method, level, seed)
-        after = perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]
+        after = oneshot.test_perplexity(args.data, model, tokenizer)
         sparsity = sparsity_report(model)["targets"]["sparsity"] if method != "dense" else 0.0
         settings = {"steps": args.steps, "tokens_per_step": args.batch_size * args.window}
         row = {"before": before, "after": after, "sparsity": sparsity, "learning_rate": args.learning_rate, **settings}

@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mama_hf.config import MamaPruningConfig
-from mama_hf.evaluation import perplexity
 from mama_hf.masks import select
 from mama_hf.targets import find_targets
 
@@ -79,8 +78,7 @@ def prune_as_published(model: Any, level: str) -> None:
 def measure_inverted(args: argparse.Namespace, tokenizer: Any, level: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     prune_by_magnitude(model, level, -1)
-    text = (args.data / "test.txt").read_text(encoding="utf-8")
-    return {"perplexity": perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]}
+    return {"perplexity": oneshot.test_perplexity(args.data, model, tokenizer)}
 
 
 def check_published(args: argparse.Namespace, level: str) -> None:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 
 from mama_hf import MamaPruningConfig, MamaSFTTrainer, shrink
-from mama_hf.evaluation import perplexity
 
 
 METHODS = {"sft": 0.0, "sft+distillation": 1.0}  # weight of the divergence
@@ -64,18 +63,13 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, case: str, metho
     trainer.train()
 
 
-def test_perplexity(args: argparse.Namespace, model: Any, tokenizer: Any) -> float:
-    text = (args.data / "test.txt").read_text(encoding="utf-8")
-    return perplexity(model, tokenizer, text, 512, num_windows=8)["perplexity"]
-
-
 def measure(args: argparse.Namespace, tokenizer: Any, case: str, method: str, rate: float) -> dict[str, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(start_of(args, tokenizer, case), dtype=torch.float32)
-    before = test_perplexity(args, model, tokenizer)
+    before = oneshot.test_perplexity(args.data, model, tokenizer)
     train(args, model, tokenizer, case, method, rate)
     return {
         "before": before,
-        "after": test_perplexity(args, model, tokenizer),
+        "after": oneshot.test_perplexity(args.data, model, tokenizer),
         "parameters": model.num_parameters(),
         "zeros": sum(int((parameter == 0).sum()) for parameter in model.parameters()),
         **{"learning_rate": rate, "steps": args.steps, "tokens_per_step": args.batch_size * args.window},

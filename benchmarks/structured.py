@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mama_hf import MamaPruningConfig, calibration_windows, prune_model, shrink
+from mama_hf import MamaPruningConfig, prune_model, shrink
 from mama_hf.coupling import CoupledGroups, find_coupled_groups
-from mama_hf.evaluation import multiple_choice, perplexity
 from mama_hf.groups import entry_mask, group_sum, members_of, select_groups
 
 
@@ -58,11 +57,9 @@ def measure(args: argparse.Namespace, case: str, method: str) -> dict[str, Any]:
         model = model if granularity == "layer" else shrink(model)
     after = model.num_parameters()
     result |= {"parameters": before, "parameters_after": after, "removed": before - after}
-    test = (args.data / "test.txt").read_text(encoding="utf-8")
-    result["perplexity"] = perplexity(model, tokenizer, test, 512, num_windows=8)["perplexity"]
+    result["perplexity"] = oneshot.test_perplexity(args.data, model, tokenizer)
     if args.arc:
-        scores = multiple_choice(model, tokenizer, oneshot.arc_items(args.arc, args.arc_items))
-        result["arc_easy"] = {key: value for key, value in scores.items() if not key.startswith("predictions")}
+        result["arc_easy"] = oneshot.arc_scores(args.arc, args.arc_items, model, tokenizer)
     return result | served(model)
 
 
@@ -75,7 +72,7 @@ def split(case: str) -> tuple[str, float]:
 def prune(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any, granularity: Any, method: str, level: float
 ) -> dict[str, Any]:
-    windows = calibration(args.data, tokenizer, args.seed)
+    windows = oneshot.calibration(args.data, tokenizer, args.seed)
     oneshot.reset_peak()
     start, cpu = time.perf_counter(), time.process_time()
     if method == "taylor":
@@ -93,10 +90,6 @@ def prune(
     }
 
 
-def calibration(data: Path, tokenizer: Any, seed: int) -> list[Any]:
-    return calibration_windows((data / "valid.txt").read_text(encoding="utf-8"), tokenizer, 16, 512, seed)
-
-
 @functools.cache
 def taylor_scores(folder: str, data: Path, seed: int) -> dict[str, Tensor]:
     """
@@ -105,7 +98,7 @@ def taylor_scores(folder: str, data: Path, seed: int) -> dict[str, Tensor]:
     all cases, whose times are without it but for the first.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    windows = calibration(data, AutoTokenizer.from_pretrained(folder), seed)
+    windows = oneshot.calibration(data, AutoTokenizer.from_pretrained(folder), seed)
     for ids in windows:
         (model(input_ids=ids, labels=ids, use_cache=False).loss / len(windows)).backward()
     scores = {}

@@ -44,7 +44,7 @@ class Inputs:
         self.gram = torch.zeros(num_inputs, num_inputs, device=device)
         self.total = torch.zeros(num_inputs, device=device)
         self.num_tokens: int | Tensor = 0
-        self._systems: dict[float, System] = {}
+        self._system: System | None = None
 
     def add(self, x: Tensor, num_tokens: int | Tensor | None = None) -> None:
         """
@@ -77,9 +77,9 @@ class Inputs:
 
     def system(self, ridge: float = RIDGE) -> "System":
         """The damped system of the Gram matrix, made once for all weights that ask for the same `ridge`."""
-        if ridge not in self._systems:
-            self._systems = {ridge: System(self.gram, ridge=ridge)}  # one at a time: each is as large as the Gram
-        return self._systems[ridge]
+        if self._system is None or self._system.ridge != ridge:
+            self._system = System(self.gram, ridge=ridge)
+        return self._system
 
 
 def ridge_for(sparsity: float) -> float:
@@ -142,6 +142,7 @@ class System:
     def __init__(self, gram: Tensor, damping: float = DAMPING, ridge: float = RIDGE) -> None:
         diagonal = gram.diagonal()
         mean = diagonal.double().mean()
+        self.ridge = ridge
         self.damp = ridge * diagonal + (float(damping * mean) if mean > 0 else 1.0)  # [I]
         self.scale = (diagonal + self.damp).sqrt()
         self.gram = gram / self.scale.unsqueeze(1) / self.scale

@@ -51,7 +51,7 @@ def test_taylor_scores_are_the_slope_of_the_loss(kind: str, paths: list[str], tm
     folder = str(tmp_path / "model")
     scores = structured.taylor_scores(folder, tmp_path, 0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    windows = structured.calibration(tmp_path, AutoTokenizer.from_pretrained(folder), 0)
+    windows = structured.oneshot.calibration(tmp_path, AutoTokenizer.from_pretrained(folder), 0)
     group = find_coupled_groups(model, kind)[1]
     losses = []
     for factor in (1.02, 0.98 / 1.02):  # of all that the third group has, one after the other
