@@ -76,13 +76,11 @@ def json_reward(
 
 
 @torch.no_grad()
-def greedy_reward(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_prompts: int = 64
-) -> dict[str, float]:
-    """Mean reward on held-out prompts, always the same ones, decoded greedily, and the share that is wholly right."""
-    rows = task_dataset(0, num_prompts, held_out=True)
-    prompts = tokenizer.apply_chat_template(list(rows["prompt"]), add_generation_prompt=True, tokenize=False)
-    batch: Any = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[str]:
+    """The model's greedy completions of the prompts of `task_dataset`."""
+    batch: Any = tokenizer(
+        prompt_texts(tokenizer, rows), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
     training = model.training
     model.eval()
     generate: Any = model.generate
@@ -93,8 +91,27 @@ def greedy_reward(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.train(training)
-    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def prompt_texts(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Any:
+    return tokenizer.apply_chat_template(list(rows["prompt"]), add_generation_prompt=True, tokenize=False)
+
+
+def dialogues(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_prompts: int = 192) -> list[str]:
+    """Prompts of the task as the model sees them in training, each with its own greedy answer: to calibrate on."""
+    rows = task_dataset(0, num_prompts)
+    answers = greedy_answers(model, tokenizer, rows)
+    end = str(tokenizer.eos_token)
+    return [prompt + answer + end for prompt, answer in zip(prompt_texts(tokenizer, rows), answers, strict=True)]
+
+
+def greedy_reward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_prompts: int = 64
+) -> dict[str, float]:
+    """Mean reward on held-out prompts, always the same ones, decoded greedily, and the share that is wholly right."""
+    rows = task_dataset(0, num_prompts, held_out=True)
+    completions = [[{"role": "assistant", "content": text}] for text in greedy_answers(model, tokenizer, rows)]
     rewards = json_reward(completions, list(rows["name"]), list(rows["age"]), list(rows["city"]))
     return {
         "reward": sum(rewards) / num_prompts,

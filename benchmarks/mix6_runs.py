@@ -84,6 +84,8 @@ def post_train(
     config: MamaPruningConfig | None,
     reward: Any = mix6.exact_match_reward,
     grpo: dict[str, Any] | None = None,
+    rewarded: str = "a",
+    trainer_class: type[MamaGRPOTrainer] = MamaGRPOTrainer,
     **settings: Any,
 ) -> tuple[float, MamaGRPOTrainer]:
     """
@@ -91,21 +93,22 @@ def post_train(
 
     Args:
         grpo (`dict`, *optional*): arguments of `GRPOConfig` in place of the task's.
+        rewarded (`str`, *optional*, defaults to `"a"`): tag of the operation that answers rightly.
         settings: more arguments of [`MamaGRPOTrainer`].
 
     Returns:
         `tuple`: the accuracy on 512 held-out prompts, and the trainer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = MamaGRPOTrainer(
+        trainer = trainer_class(
             model=model,
             reward_funcs=reward,
             args=mix6.grpo_arguments(folder, seed, max_steps=STEPS, disable_tqdm=True, **(grpo or {})),
-            train_dataset=mix6.grpo_dataset(seed),
+            train_dataset=mix6.grpo_dataset(seed, rewarded=rewarded),
             processing_class=tokenizer,
             pruning_config=config,
             **settings,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return mix6.greedy_accuracy(model, tokenizer), trainer
+    return mix6.greedy_accuracy(model, tokenizer, rewarded=rewarded), trainer

@@ -2,12 +2,12 @@
 
     python benchmarks/real_task.py --data DIR --arc DIR/arc_easy_test.jsonl --arc-items 200 --seeds 0 1
 
-DIR holds WikiText-2's `valid.txt` (calibrates the one-shot start) and `test.txt`. Each run is `--steps` steps of 16
-completions (4 prompts x 4): a third of them dense, then pruning, and the last quarter recovers with frozen masks. A
-one-shot start is pruned before the first step, and trains with its masks held. Reported are the task's reward (64
-held-out prompts, greedy), and what the run cost elsewhere: WikiText-2 perplexity and ARC-Easy, as in `oneshot.py`,
-before and after. Results are merged into --output run by run, what is there is not run again, and all are drawn
-beside it.
+DIR holds WikiText-2's `valid.txt` and `test.txt`. Each run is `--steps` steps of 16 completions (4 prompts x 4): a
+third of them dense, then pruning, and the last quarter recovers with frozen masks. A one-shot start is pruned before
+the first step, calibrated on `valid.txt` or, "from the task", half on that and half on the task's prompts with the
+model's own answers, and trains with its masks held. Reported are the task's reward (64 held-out prompts, greedy), and
+what the run cost elsewhere: WikiText-2 perplexity and ARC-Easy, as in `oneshot.py`, before and after. Results are
+merged into --output run by run, what is there is not run again, and all are drawn beside it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
-from mama_hf import MamaGRPOTrainer, MamaPruningConfig, sparsity_report
+from mama_hf import MamaGRPOTrainer, MamaPruningConfig, calibration_windows, prune_model, sparsity_report
 
 
 LEVELS = (0.5, 0.7)
@@ -34,7 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"criterion": "wanda"},
     "mama": {},
     "mama, teacher": {"distillation_weight": 1.0},
+    "mama, values moved": {"move_values": "least_squares", "update_every": 4},
     "mama, one-shot start": {},
+    "mama, one-shot start from the task": {},
 }
 # name -> (fields of the recipe, method); the dense run has none
 RUNS: dict[str, tuple[dict[str, Any] | None, str]] = {"dense": (None, "dense")} | {
@@ -55,9 +57,11 @@ def load(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace, tokenizer: Any, name: str, seed: int) -> dict[str, Any]:
     fields, method = RUNS[name]
     model, row = load(args), {}
-    if method == "mama, one-shot start":
-        level = str(fields["final_sparsity"]) if fields else ""
-        row["one_shot"] = oneshot.prune(args, model, tokenizer, oneshot.recipe_of("mama", level))
+    if "one-shot start" in method:
+        assert fields is not None, "a pruned run has a recipe"
+        windows = calibration(args, model, tokenizer, from_task="from the task" in method)
+        recipe = MamaPruningConfig(final_sparsity=fields["final_sparsity"], move_values="least_squares")
+        row["one_shot_seconds"] = prune_model(model, recipe, windows).seconds
         row["start"] = evaluate(args, model, tokenizer)
     begin, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +71,14 @@ def run(args: argparse.Namespace, tokenizer: Any, name: str, seed: int) -> dict[
     row["rewards"] = [round(entry["reward"], 4) for entry in history]
     row["sparsity"] = 0.0 if fields is None else sparsity_report(model)["targets"]["sparsity"]
     return row | evaluate(args, model, tokenizer)
+
+
+def calibration(args: argparse.Namespace, model: Any, tokenizer: Any, from_task: bool) -> list[torch.Tensor]:
+    """Windows of WikiText-2, as in `oneshot.py`; from the task, half are its prompts with the model's answers."""
+    windows = oneshot.calibration(args.data, tokenizer, seed=0)
+    if from_task:
+        windows[::2] = calibration_windows(json_task.dialogues(model, tokenizer), tokenizer, len(windows[::2]))
+    return windows
 
 
 def train(
@@ -137,7 +149,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_task.json"))
     args = parser.parse_args(argv)
-    args.iterations, args.seed = None, 0  # of `oneshot.prune`
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if BEFORE not in oneshot.read(args.output):

@@ -1,13 +1,13 @@
 """After one-shot pruning, recovery with a teacher: SFT and distillation from the dense model, against SFT alone.
 
     python benchmarks/recovery.py --data DIR
-    python benchmarks/recovery.py --data DIR --cases "unstructured 0.7" --learning-rates 1e-4 3e-4
+    python benchmarks/recovery.py --data DIR --cases dense "unstructured 0.7" --learning-rates 1e-4 3e-4 --steps 200
 
 SmolLM2-135M-Instruct is pruned by `mama` with values moved, as in `oneshot.py`; of neurons, what is left is shrunk.
 Then it is trained as in `oneshot_recovery.py`, on `valid.txt`, and evaluated on `test.txt`. Masks are held where it is
 not shrunk. `recovered` is the share of the gap to the dense model's perplexity that came back. The text is of the
 test's kind, so that the dense model gains by the same training too: with the case "dense" it is trained, by SFT alone,
-and `recovered_of_trained` is the share of the gap to that, at the same learning rate and seed.
+and `recovered_of_trained` is the share of the gap to that, at the same learning rate, steps and seed.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 from mama_hf import MamaPruningConfig, MamaSFTTrainer, shrink
 
 
-METHODS = {"sft": 0.0, "sft+distillation": 1.0}  # weight of the divergence
+# name -> (weight of the divergence, whether the teacher was trained on the same text before)
+METHODS = {"sft": (0.0, False), "sft+distillation": (1.0, False), "sft+distillation, trained teacher": (1.0, True)}
 
 
 def split(case: str) -> tuple[str, float]:
@@ -39,25 +40,43 @@ def start_of(args: argparse.Namespace, tokenizer: Any, case: str) -> Path:
     folder = args.starts / case.replace(" ", "-")
     if granularity == "dense":
         return Path(args.model)
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         recipe = MamaPruningConfig(final_sparsity=level, granularity=granularity, move_values="least_squares")
         oneshot.prune(args, model, tokenizer, recipe)
-        (model if granularity == "unstructured" else shrink(model)).save_pretrained(folder)
+        save(model if granularity == "unstructured" else shrink(model), folder)
     return folder
+
+
+def trained_dense(args: argparse.Namespace, tokenizer: Any, rate: float) -> Path:
+    """Folder with the dense model after the same SFT. It is trained once, as `start_of` prunes once."""
+    folder = args.starts / f"dense-{rate:g}-{args.steps}-{args.seed}"
+    if not folder.is_dir():
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        train(args, model, tokenizer, "dense", "sft", rate)
+        save(model, folder)
+    return folder
+
+
+def save(model: Any, folder: Path) -> None:
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def train(args: argparse.Namespace, model: Any, tokenizer: Any, case: str, method: str, rate: float) -> None:
     granularity, level = split(case)
     held = level if granularity == "unstructured" else 0.0  # a shrunk model has nothing more to lose
-    recipe = MamaPruningConfig(final_sparsity=held, distillation_weight=METHODS[method])
+    weight, is_trained = METHODS[method]
+    teacher = trained_dense(args, tokenizer, rate) if is_trained else args.model
+    recipe = MamaPruningConfig(final_sparsity=held, distillation_weight=weight)
     trainer = MamaSFTTrainer(
         model,
         sft_config(args, rate, args.seed),
         train_dataset=train_dataset(args, tokenizer),
         processing_class=tokenizer,
         pruning_config=recipe,
-        teacher_model=args.model if METHODS[method] else None,
+        teacher_model=teacher if weight else None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -66,7 +85,10 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, case: str, metho
 def measure(args: argparse.Namespace, tokenizer: Any, case: str, method: str, rate: float) -> dict[str, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(start_of(args, tokenizer, case), dtype=torch.float32)
     before = oneshot.test_perplexity(args.data, model, tokenizer)
-    train(args, model, tokenizer, case, method, rate)
+    if case == "dense":
+        model = AutoModelForCausalLM.from_pretrained(trained_dense(args, tokenizer, rate), dtype=torch.float32)
+    else:
+        train(args, model, tokenizer, case, method, rate)
     return {
         "before": before,
         "after": oneshot.test_perplexity(args.data, model, tokenizer),
@@ -102,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for case in args.cases:
         for method in ["sft"] if case == "dense" else args.methods:
             for rate in args.learning_rates:
-                key = f"{method}, learning rate {rate:g}, seed {args.seed}"
+                key = f"{method}, learning rate {rate:g}, {args.steps} steps, seed {args.seed}"
                 if key in oneshot.read(args.output).get(case, {}):
                     continue
                 row = measure(args, tokenizer, case, method, rate)
@@ -119,7 +141,7 @@ def summary(path: Path) -> dict[str, Any]:
     for case, rows in results.items():
         for key, row in rows.items():
             if trained and case != "dense":
-                twin = trained.get(key.replace("sft+distillation", "sft"))
+                twin = trained.get("sft, learning rate" + key.partition(", learning rate")[2])
                 row |= shares(row, twin, next(iter(trained.values()))["before"])
                 oneshot.write(path, case, key, row)
     return results

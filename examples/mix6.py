@@ -130,30 +130,30 @@ def pretrain(
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def grpo_dataset(seed: int, num_prompts: int = 4800) -> Dataset:
+def grpo_dataset(seed: int, num_prompts: int = 4800, rewarded: str = "a") -> Dataset:
     """
     Draws the post-training prompts: a dataset with the columns `prompt` (`"?482913="`) and `answer` (`"123489"`).
 
     Args:
         seed (`int`): Seed of the prompts.
         num_prompts (`int`, *optional*, defaults to 4800): Number of rows; 4800 is one pass in 150 steps of 32 prompts.
+        rewarded (`str`, *optional*, defaults to `"a"`): Tag of the operation that answers `?` rightly.
     """
     rng = random.Random(seed)
     strings = [_training_digits(rng) for _ in range(num_prompts)]
-    return Dataset.from_dict(
-        {"prompt": [f"?{digits}=" for digits in strings], "answer": [OPERATIONS["a"](digits) for digits in strings]}
-    )
+    answers = [OPERATIONS[rewarded](digits) for digits in strings]
+    return Dataset.from_dict({"prompt": [f"?{digits}=" for digits in strings], "answer": answers})
 
 
-def heldout_prompts(num_prompts: int = 512) -> tuple[list[str], list[str]]:
-    """Returns distinct held-out `?` prompts (at most 10310) and their ascending answers, always the same ones."""
+def heldout_prompts(num_prompts: int = 512, rewarded: str = "a") -> tuple[list[str], list[str]]:
+    """Returns distinct held-out `?` prompts (at most 10310) and their right answers, always the same ones."""
     values = random.Random(0).sample(range(0, 10**NUM_DIGITS, HELDOUT_DIVISOR), num_prompts)
     strings = [f"{value:0{NUM_DIGITS}d}" for value in values]
-    return [f"?{digits}=" for digits in strings], [OPERATIONS["a"](digits) for digits in strings]
+    return [f"?{digits}=" for digits in strings], [OPERATIONS[rewarded](digits) for digits in strings]
 
 
 def exact_match_reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[float | None]:
-    """Reward of each completion: 1.0 if it is exactly the ascending answer, else 0.0."""
+    """Reward of each completion: 1.0 if it is exactly the right answer, else 0.0."""
     return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
@@ -190,9 +190,11 @@ def grpo_arguments(output_dir: str, seed: int, **overrides: Any) -> GRPOConfig:
 
 
 @torch.no_grad()
-def greedy_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_prompts: int = 512) -> float:
-    """Fraction, in [0, 1], of held-out `?` prompts whose greedy completion is the ascending answer."""
-    prompts, answers = heldout_prompts(num_prompts)
+def greedy_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_prompts: int = 512, rewarded: str = "a"
+) -> float:
+    """Fraction, in [0, 1], of held-out `?` prompts whose greedy completion is the right answer."""
+    prompts, answers = heldout_prompts(num_prompts, rewarded)
     input_ids = tokenizer(prompts, return_tensors="pt").input_ids  # all of one length, so no padding
     was_training = model.training
     model.eval()

@@ -91,6 +91,16 @@ def test_dataset_is_deterministic_and_correct() -> None:
     assert all(row["answer"] == "".join(sorted(row["prompt"][1:7])) for row in rows)
 
 
+def test_another_operation_can_be_rewarded() -> None:
+    """The prompts stay, only the right answers change."""
+    rows, copied = mix6.grpo_dataset(0, 20), mix6.grpo_dataset(0, 20, rewarded="c")
+    assert copied["prompt"][:] == rows["prompt"][:]
+    assert all(row["answer"] == row["prompt"][1:7] for row in copied)
+    prompts, answers = mix6.heldout_prompts(20, rewarded="r")
+    assert prompts == mix6.heldout_prompts(20)[0]
+    assert answers == [prompt[6:0:-1] for prompt in prompts]
+
+
 def test_heldout_prompts_are_in_no_training_data() -> None:
     prompts, answers = mix6.heldout_prompts(512)
     assert mix6.heldout_prompts(512) == (prompts, answers)
