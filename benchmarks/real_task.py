@@ -123,15 +123,24 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    markers = {"0.5": "o", "0.7": "s"}
+    colors = {method: f"C{place}" for place, method in enumerate(METHODS)}
     for name, seeds in results.items():
+        method, _, level = name.rpartition(" ")
         points = [(row["perplexity"], row["reward"]) for row in seeds.values()]
-        marker = {"0.5": "o", "0.7": "s"}.get(name.rpartition(" ")[2], "*")
-        axes.scatter(*zip(*points), marker=marker, label=name)
+        if level in markers:
+            axes.scatter(*zip(*points), marker=markers[level], color=colors[method], alpha=0.8)
+        else:
+            axes.scatter(*zip(*points), marker="*", s=90, color="black" if name == "dense" else "gray", label=name)
+    for method, color in colors.items():
+        axes.scatter([], [], color=color, label=method)
+    for level, marker in markers.items():
+        axes.scatter([], [], color="gray", marker=marker, label=f"{level} pruned")
     axes.set(xlabel="WikiText-2 perplexity", ylabel="held-out reward", xscale="log", ylim=(-0.03, 1.03))
-    axes.set_title("GRPO while pruning, SmolLM2-135M-Instruct, JSON task")
+    axes.set_title("GRPO while pruning, SmolLM2-135M-Instruct, JSON task (a point a seed)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from mama_hf import MamaPruningConfig, MamaSFTTrainer, shrink
 
 
-# name -> (weight of the divergence, whether the teacher was trained on the same text before)
+# name -> (weight of the divergence, whether the teacher was trained on the same text before, with seed 0)
 METHODS = {"sft": (0.0, False), "sft+distillation": (1.0, False), "sft+distillation, trained teacher": (1.0, True)}
 
 
@@ -48,9 +48,10 @@ def start_of(args: argparse.Namespace, tokenizer: Any, case: str) -> Path:
     return folder
 
 
-def trained_dense(args: argparse.Namespace, tokenizer: Any, rate: float) -> Path:
+def trained_dense(args: argparse.Namespace, tokenizer: Any, rate: float, seed: int) -> Path:
     """Folder with the dense model after the same SFT. It is trained once, as `start_of` prunes once."""
-    folder = args.starts / f"dense-{rate:g}-{args.steps}-{args.seed}"
+    args = argparse.Namespace(**{**vars(args), "seed": seed})
+    folder = args.starts / f"dense-{rate:g}-{args.steps}-{seed}"
     if not folder.is_dir():
         model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         train(args, model, tokenizer, "dense", "sft", rate)
@@ -68,7 +69,7 @@ def train(args: argparse.Namespace, model: Any, tokenizer: Any, case: str, metho
     granularity, level = split(case)
     held = level if granularity == "unstructured" else 0.0  # a shrunk model has nothing more to lose
     weight, is_trained = METHODS[method]
-    teacher = trained_dense(args, tokenizer, rate) if is_trained else args.model
+    teacher = trained_dense(args, tokenizer, rate, seed=0) if is_trained else args.model
     recipe = MamaPruningConfig(final_sparsity=held, distillation_weight=weight)
     trainer = MamaSFTTrainer(
         model,
@@ -86,7 +87,9 @@ def measure(args: argparse.Namespace, tokenizer: Any, case: str, method: str, ra
     model: Any = AutoModelForCausalLM.from_pretrained(start_of(args, tokenizer, case), dtype=torch.float32)
     before = oneshot.test_perplexity(args.data, model, tokenizer)
     if case == "dense":
-        model = AutoModelForCausalLM.from_pretrained(trained_dense(args, tokenizer, rate), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            trained_dense(args, tokenizer, rate, args.seed), dtype=torch.float32
+        )
     else:
         train(args, model, tokenizer, case, method, rate)
     return {
