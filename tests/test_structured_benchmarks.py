@@ -92,14 +92,14 @@ def test_recovery(paths: list[str], tmp_path: Path) -> None:
     arguments = [*paths, "--cases", "dense", "neuron 0.5", "unstructured 0.7", "--steps", "2", "--window", "16"]
     arguments += ["--learning-rates", "1e-3", "--starts", str(tmp_path / "starts")]
     results = recovery.main(arguments)
-    assert {case: len(rows) for case, rows in results.items()} == {"dense": 1, "neuron 0.5": 2, "unstructured 0.7": 2}
+    assert {case: len(rows) for case, rows in results.items()} == {"dense": 1, "neuron 0.5": 3, "unstructured 0.7": 3}
     rows = results["unstructured 0.7"]
     assert len({row["zeros"] for row in rows.values()}) == 1
     assert len({row["before"] for row in rows.values()}) == 1
-    assert len({row["after"] for row in rows.values()}) == 2
-    whole = results["dense"]["sft, learning rate 0.001, seed 0"]["parameters"]
+    assert len({row["after"] for row in rows.values()}) == 3
+    whole = results["dense"]["sft, learning rate 0.001, 2 steps, seed 0"]["parameters"]
     for row in results["neuron 0.5"].values():
         assert row["parameters"] == whole - 96 * 3 * 64 * 2
-        gap = row["before"] - results["dense"]["sft, learning rate 0.001, seed 0"]["before"]
+        gap = row["before"] - results["dense"]["sft, learning rate 0.001, 2 steps, seed 0"]["before"]
         assert row["recovered"] == pytest.approx((row["before"] - row["after"]) / gap)
         assert "recovered_of_trained" in row
