@@ -76,11 +76,9 @@ def json_reward(
 
 
 @torch.no_grad()
-def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[str]:
-    """The model's greedy completions of the prompts of `task_dataset`."""
-    batch: Any = tokenizer(
-        prompt_texts(tokenizer, rows), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
+def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    """The model's greedy completions of `prompt_texts`."""
+    batch: Any = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     training = model.training
     model.eval()
     generate: Any = model.generate
@@ -95,15 +93,15 @@ def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
 
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Any:
+    """The prompts of `task_dataset` as the model reads them."""
     return tokenizer.apply_chat_template(list(rows["prompt"]), add_generation_prompt=True, tokenize=False)
 
 
 def dialogues(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_prompts: int = 192) -> list[str]:
     """Prompts of the task as the model sees them in training, each with its own greedy answer: to calibrate on."""
-    rows = task_dataset(0, num_prompts)
-    answers = greedy_answers(model, tokenizer, rows)
-    end = str(tokenizer.eos_token)
-    return [prompt + answer + end for prompt, answer in zip(prompt_texts(tokenizer, rows), answers, strict=True)]
+    prompts, end = prompt_texts(tokenizer, task_dataset(0, num_prompts)), str(tokenizer.eos_token)
+    answers = greedy_answers(model, tokenizer, prompts)
+    return [prompt + answer + end for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def greedy_reward(
@@ -111,7 +109,8 @@ def greedy_reward(
 ) -> dict[str, float]:
     """Mean reward on held-out prompts, always the same ones, decoded greedily, and the share that is wholly right."""
     rows = task_dataset(0, num_prompts, held_out=True)
-    completions = [[{"role": "assistant", "content": text}] for text in greedy_answers(model, tokenizer, rows)]
+    answers = greedy_answers(model, tokenizer, prompt_texts(tokenizer, rows))
+    completions = [[{"role": "assistant", "content": text}] for text in answers]
     rewards = json_reward(completions, list(rows["name"]), list(rows["age"]), list(rows["city"]))
     return {
         "reward": sum(rewards) / num_prompts,

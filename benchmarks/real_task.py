@@ -1,6 +1,6 @@
 """GRPO on a real task while pruning: SmolLM2-135M-Instruct learns to answer in JSON (`json_task.py`).
 
-    python benchmarks/real_task.py --data DIR --arc DIR/arc_easy_test.jsonl --arc-items 200 --seeds 0 1
+    python benchmarks/real_task.py --data DIR --arc DIR/arc_easy_test.jsonl --arc-items 200 --steps 40 --seeds 0 1
 
 DIR holds WikiText-2's `valid.txt` and `test.txt`. Each run is `--steps` steps of 16 completions (4 prompts x 4): a
 third of them dense, then pruning, and the last quarter recovers with frozen masks. A one-shot start is pruned before
@@ -38,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mama, one-shot start": {},
     "mama, one-shot start from the task": {},
 }
+# methods that are pruned before the first step -> whether calibrated on the task, too
+STARTS = {"mama, one-shot start": False, "mama, one-shot start from the task": True}
 # name -> (fields of the recipe, method); the dense run has none
 RUNS: dict[str, tuple[dict[str, Any] | None, str]] = {"dense": (None, "dense")} | {
     f"{method} {level}": ({**fields, "final_sparsity": level, "start": 1 / 3, "end": 0.75}, method)
@@ -57,11 +59,11 @@ def load(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace, tokenizer: Any, name: str, seed: int) -> dict[str, Any]:
     fields, method = RUNS[name]
     model, row = load(args), {}
-    if "one-shot start" in method:
-        assert fields is not None, "a pruned run has a recipe"
-        windows = calibration(args, model, tokenizer, from_task="from the task" in method)
-        recipe = MamaPruningConfig(final_sparsity=fields["final_sparsity"], move_values="least_squares")
-        row["one_shot_seconds"] = prune_model(model, recipe, windows).seconds
+    if method in STARTS:
+        windows = calibration(args, model, tokenizer, from_task=STARTS[method])
+        row["one_shot_seconds"] = prune_model(
+            model, oneshot.recipe_of("mama", name.rpartition(" ")[2]), windows
+        ).seconds
         row["start"] = evaluate(args, model, tokenizer)
     begin, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
     python benchmarks/reward_study.py --seeds 0 1 2 3 4                       # the table of the README
     python benchmarks/reward_study.py --seeds 0 1 2 --variants all --sparsities 0.85 0.9
-    python benchmarks/reward_study.py --rewarded c --seeds 0 1 2 --output benchmarks/results/reward_study_copy.json
+    python benchmarks/reward_study.py --rewarded c --seeds 0 1 2              # another task: reward_study_c.json
 
 Every run starts from its seed's pre-trained model and has the same budget: 150 steps of 32 prompts x 8 completions,
 pruned by the cubic schedule from step 20 to 110. The number is the greedy accuracy on 512 held-out prompts. Results
@@ -10,13 +10,13 @@ are merged into --output run by run (what is there is not run again) and drawn b
 """
 
 import argparse
-import json
+import functools
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import oneshot
 import torch
 from mix6_runs import END, START, mix6, post_train, prepare, pretrained
 from transformers import TrainerCallback
@@ -39,7 +39,7 @@ class RawRewardTrainer(MamaGRPOTrainer):
 
     def make_pruning_callback(self, *args: Any) -> Any:
         callback = super().make_pruning_callback(*args)
-        callback.on_pre_optimizer_step = partial(self._with_raw_gradients, callback.on_pre_optimizer_step)
+        callback.on_pre_optimizer_step = functools.partial(self._with_raw_gradients, callback.on_pre_optimizer_step)
         return callback
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
@@ -145,13 +145,20 @@ VARIANTS = {
 DRAWN = ["mama", "mama, values moved", "magnitude", "wanda", "taylor", "random"]
 
 
+@functools.cache
+def trained(tokenizer: Any, seed: int, folder: Path, rewarded: str) -> Any:
+    """The model of a seed after the GRPO run without pruning: the same one for all sparsities."""
+    model = pretrained(tokenizer, seed, folder)
+    post_train(model, tokenizer, seed, None, rewarded=rewarded)
+    return model
+
+
 def run(seed: int, sparsity: float, name: str, rewarded: str, tokenizer: Any, folder: Path) -> float:
     variant = VARIANTS[name]
     recipe = MamaPruningConfig(final_sparsity=sparsity, start=START, end=END, **variant.fields)
     teacher: Any = variant.teacher
     if teacher == "trained":
-        teacher = pretrained(tokenizer, seed, folder)
-        post_train(teacher, tokenizer, seed, None, rewarded=rewarded)
+        teacher = trained(tokenizer, seed, folder, rewarded)
     criterion = variant.criterion or criteria.CRITERIA[recipe.criterion]
     changed = mock.patch.dict(criteria.CRITERIA, {recipe.criterion: criterion})
     with changed, mock.patch.object(masks, "GLOBAL_FLOOR", variant.floor):
@@ -198,21 +205,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--variants", nargs="+", default=DRAWN, help='names of VARIANTS, or "all"')
     parser.add_argument("--rewarded", choices=list(mix6.OPERATIONS), default="a", help="the operation that is right")
     parser.add_argument("--models", type=Path, default=Path("outputs/mix6"), help="folder of the pre-trained models")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reward_study.json"))
+    parser.add_argument("--output", type=Path, help="one file a task; results of two are not to be mixed")
     args = parser.parse_args(argv)
+    task = "" if args.rewarded == "a" else f"_{args.rewarded}"
+    args.output = args.output or Path(f"benchmarks/results/reward_study{task}.json")
     tokenizer = prepare()
     variants = list(VARIANTS) if args.variants == ["all"] else args.variants
     runs = [(s, level, v) for s in args.seeds for level in args.sparsities for v in variants]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for seed, sparsity, variant in runs:
-        results = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
-        row = results.setdefault(variant, {}).setdefault(str(sparsity), {})
+        row = oneshot.read(args.output).get(variant, {}).get(str(sparsity), {})
         if str(seed) in row:
             continue
-        row[str(seed)] = run(seed, sparsity, variant, args.rewarded, tokenizer, args.models)
-        print(f"{variant}, {sparsity}, seed {seed}: {row[str(seed)]:.3f}", flush=True)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    results = json.loads(args.output.read_text(encoding="utf-8"))
+        accuracy = run(seed, sparsity, variant, args.rewarded, tokenizer, args.models)
+        print(f"{variant}, {sparsity}, seed {seed}: {accuracy:.3f}", flush=True)
+        oneshot.write(args.output, variant, str(sparsity), {**row, str(seed): accuracy})
+    results = oneshot.read(args.output)
     draw(results, args.output.with_suffix(".png"))
     return results
 
